@@ -1,0 +1,57 @@
+/* kernels.h: the inner loops that exist once for each instruction set, as one table a set.
+ *
+ * Every result is a fixed sequence of roundings that depends on neither tile, batch, chunk nor thread: vector lanes run
+ * along the reduction with one horizontal sum (of fixed order) at the end, or one lane holds one whole result.
+ */
+#ifndef RAST_CPU_KERNELS_H
+#define RAST_CPU_KERNELS_H
+
+#include "../backend.h"
+
+/* y[r * y_stride + o] = sum_k w[o][k] * x[r][k] for o < n_out, r < n_rows. Strides of w and x in bytes, of y in floats.
+ * w: [n_out, k] of the table's weight type, x: [n_rows, k] of its activation type; no alignment beyond the element's. */
+typedef void (*cpu_dot_fn)(const void *w, size_t w_stride, size_t n_out, const void *x, size_t x_stride, size_t n_rows,
+                           size_t k, float *y, size_t y_stride);
+
+enum { CPU_LANES = 16 }; /* lane count of statistics, the same for every ISA */
+
+/* Running statistics of a row of logits, by lane, so that sums have one order. See cpu_kernels.tile_stats. */
+typedef struct {
+    float max_t[CPU_LANES], sum_t[CPU_LANES]; /* combined: max, sum exp(l - max) */
+    float dif_t[CPU_LANES];                   /* sum exp(l - max) * (l - b) */
+    float max_b[CPU_LANES], sum_b[CPU_LANES]; /* base */
+} cpu_stats;
+
+typedef struct {
+    const char *name;
+    cpu_dot_fn dot[RAST_N_DTYPES][RAST_N_DTYPES]; /* [weight type][activation type] */
+
+    /* out[i] = in[i] rounded to type (float32 in; rast_dtype out) and back */
+    void (*store)(const float *in, void *out, size_t n, int32_t type);
+    void (*load)(const void *in, float *out, size_t n, int32_t type);
+
+    /* y[n] = (x + add)[n] rms-normalised times w, see rast_ops.norm; x is updated if add is not NULL; w of w_type */
+    void (*norm)(float *x, const float *add, const void *w, int32_t w_type, size_t n, float eps, void *y,
+                 int32_t y_type);
+    void (*glu)(const float *gate, const float *up, size_t n, void *y, int32_t y_type);
+    void (*rope)(float *x, const float *cos_sin, size_t head_dim, int32_t interleaved); /* one head, in place */
+
+    /* Partial attention of n_q query heads that share one K/V head, of one row, over keys [lo, hi) of the blocks given:
+     * k, v: [ceil(hi/32)] pointers to this head's K and V in each block (first needed is lo/32). q: [n_q, head_dim]
+     * float32, already scaled. Out: m, l [n_q] (max score, sum of exp), acc [n_q, head_dim] (unnormalised). hi > lo. */
+    void (*attend)(const float *q, size_t n_q, size_t head_dim, const void *const *k, const void *const *v,
+                   int32_t type, size_t lo, size_t hi, float *m, float *l, float *acc);
+
+    /* e[i] = exp(x[i]), relative error below 2e-7, exp(-inf) = 0; n a multiple of CPU_LANES */
+    void (*exp)(const float *x, float *e, size_t n);
+    /* Adds n (a multiple of CPU_LANES) ids to the statistics; base NULL: combined only. -inf entries weigh nothing. */
+    void (*tile_stats)(const float *combined, const float *base, size_t n, cpu_stats *s);
+    /* r[i] = 32 random bits of token id first + i (n a multiple of CPU_LANES, first of 4) for (stream, position):
+     * Philox4x32-10, see rng.h */
+    void (*random)(uint64_t stream, uint32_t position, uint32_t first, size_t n, uint32_t *r);
+} cpu_kernels;
+
+/* NULL-terminated, best last; only those that this machine can run */
+size_t cpu_kernels_available(const cpu_kernels *out[8]);
+
+#endif

@@ -1,0 +1,170 @@
+"""The C core. Private: `rast.RastForCausalLM` is the public way to it. Errors of the core arrive as ValueError
+(arguments), MemoryError, RuntimeError (`NumericError`: NaN or Inf in logits; device errors) and NotImplementedError
+(unsupported)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class NumericError(RuntimeError):
+    """NaN or Inf in a model's logits; the message names the model."""
+
+class NetConfig(TypedDict, total=False):
+    """Fields of `rast_config` in csrc/rast.h, same names. Missing optional ones are 0."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_context: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_freq: NDArray[np.float32] | None  # [head_dim / 2]
+    rope_attention: float
+    rope_interleaved: bool
+    window: NDArray[np.int32] | None  # [n_layers]
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+
+class Net(TypedDict, total=False):
+    name: str
+    config: NetConfig
+    # name -> (array, stored dtype "F32" | "BF16" | "F16"). The array is C-contiguous, native-endian, and has itemsize 4
+    # (F32) or 2 (uint16 or float16), 1 or 2 dimensions; it is used in place and kept alive by the model.
+    tensors: Mapping[str, tuple[NDArray[Any], str]]
+    dtype: str  # "float32" | "bfloat16" | "float16"
+    uncommon: NDArray[np.int32] | None
+
+class NetInfo(TypedDict):
+    name: str
+    weight_bytes: int
+    n_parameters: int
+    kv_bytes_per_token: int
+    dtype: str
+    vocab_size: int
+    max_context: int
+
+def cpu_isas() -> list[str]:
+    """The instruction sets this machine can run, best last."""
+
+class Model:
+    def __init__(
+        self,
+        nets: Sequence[Net],
+        *,
+        isa: str | None = None,
+        num_threads: int = 0,
+        n_valid: int = 0,
+        pieces: tuple[bytes, NDArray[np.uint32]] | None = None,  # bytes of all tokens, n + 1 offsets
+    ) -> None: ...
+    @property
+    def n_nets(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def num_threads(self) -> int: ...
+    def net_info(self) -> list[NetInfo]: ...
+
+class Request(TypedDict, total=False):
+    """Fields of `rast_request`, `rast_sampling` and `rast_stop`, flat, same names and defaults as "off"."""
+
+    ids: NDArray[np.int32]  # [n], required
+    coef: NDArray[np.float32]  # [n_nets], required
+    max_new: int  # required
+    tag: int
+    seed: int  # 0 .. 2**64 - 1
+    first_copy: int
+    n_samples: int  # 1
+    transfer_start: int
+    do_sample: bool  # False
+    temperature: float  # 1.0
+    top_k: int
+    top_p: float  # 1.0
+    min_p: float
+    repetition_penalty: float  # 1.0
+    min_new_tokens: int
+    suppress: NDArray[np.int32]
+    bad_words: Sequence[NDArray[np.int32]]
+    eos: NDArray[np.int32]
+    stop_strings: Sequence[bytes]
+    max_time: float
+    n_draft: int
+    want: int  # WANT_* flags or-ed
+    prompt_from: int
+
+class Result(TypedDict):
+    """All that one sample gave. Arrays are absent (None) unless wanted."""
+
+    tag: int
+    sample: int
+    tokens: NDArray[np.int32]  # [n] new tokens
+    finish: str  # "eos" | "length" | "stop" | "time" | "cancelled" | "error"
+    error: Exception | None  # with finish "error"; not raised by the engine
+    logprob: NDArray[np.float32] | None  # [n]
+    base_token: NDArray[np.int32] | None  # [n]
+    base_logprob: NDArray[np.float32] | None  # [n]
+    kl: NDArray[np.float32] | None  # [n]
+    logits: NDArray[np.float32] | None  # [n, n_vocab]
+    scores: NDArray[np.float32] | None  # [n, n_vocab]
+    parts: NDArray[np.float32] | None  # [n, n_nets, n_vocab]
+    prompt: PromptResult | None  # with WANT_PROMPT; sample 0 only
+
+class PromptResult(TypedDict):
+    """Prompt positions prompt_from .. n_ids - 1, the same arrays; logprob etc. are about the next prompt token and NaN
+    (base_token: still net 0's first choice) at the last position."""
+
+    logprob: NDArray[np.float32] | None
+    base_token: NDArray[np.int32] | None
+    base_logprob: NDArray[np.float32] | None
+    kl: NDArray[np.float32] | None
+    logits: NDArray[np.float32] | None
+    parts: NDArray[np.float32] | None
+
+class EngineInfo(TypedDict):
+    n_blocks: int
+    n_free: int
+    block_tokens: int
+    kv_bytes: int
+    steps: int
+    rows: int
+    drafted: int
+    accepted: int
+
+# (tag, sample, new token ids [n] int32, finish or None)
+OnTokens = Callable[[int, int, NDArray[np.int32], str | None], None]
+
+class Engine:
+    """Runs requests on a model. One thread at a time (a second caller gets RuntimeError)."""
+
+    def __init__(self, model: Model, *, kv_bytes: int = 0, max_rows: int = 0, max_seqs: int = 0) -> None: ...
+    def run(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Result]:
+        """Adds the requests, steps until all their samples ended, with the GIL released; results in the order of requests
+        and samples. Without `on_tokens` it takes the GIL only now and then, to let signals in: an exception there (Ctrl-C)
+        or in `on_tokens` cancels the requests, drains the engine and is raised."""
+    def add(self, request: Request) -> int: ...
+    def cancel(self, id: int) -> None: ...
+    def step(self) -> list[Result]:
+        """One step; what each sample got in it (tokens [n]; finish "" while it runs; no `prompt` assembly: prompt rows are
+        not available this way). Empty and not `busy`: nothing left to do."""
+    @property
+    def busy(self) -> bool: ...
+    def info(self) -> EngineInfo: ...
+    def _set_drafter(self, drafter: Callable[[int, int, NDArray[np.int32], int], Sequence[int]] | None) -> None:
+        """For tests: drafter(tag, sample, ids, k) -> up to k guesses."""
+
+WANT_LOGPROBS: int
+WANT_STATS: int
+WANT_LOGITS: int
+WANT_SCORES: int
+WANT_COMPONENTS: int
+WANT_PROMPT: int
