@@ -164,7 +164,7 @@ typedef struct {
     uint32_t first_copy, n_samples; /* sample j draws from the stream (seed, hash of ids, first_copy + j) */
     const float *coef;              /* [n_coef = n_nets] c_m; a net with 0 is not run and contributes nothing */
     size_t n_coef;
-    uint32_t transfer_start; /* new tokens drawn from net 0 alone (with coefficient coef[0]) before the others join */
+    uint32_t transfer_start; /* new tokens drawn from net 0 alone (coefficient 1) before the others join */
     rast_sampling sampling;
     rast_stop stop;
     int32_t n_draft;      /* drafts checked per step; 0 none (drafts come from rast_engine_set_drafter) */

@@ -1,0 +1,208 @@
+/* engine.c: the life of an engine, and the requests it holds. */
+#include "engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- life ---------------------------------------------------------------------------------------------------------- */
+
+static size_t block_bytes(const rast_model *m) {
+    size_t bytes = 0;
+    for (int32_t i = 0; i < m->n_nets; i++) bytes += rast_kv_block_bytes(&m->nets[i]);
+    return bytes;
+}
+
+/* Blocks that the budget pays for, but no more than max_seqs samples of the longest context could use. */
+static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
+    rast_model *m = e->model;
+    const size_t one = block_bytes(m);
+    size_t context = 0, most;
+    if (!budget) budget = m->ops->free_memory(m->ctx) / 2;
+    for (int32_t i = 0; i < m->n_nets; i++)
+        if ((size_t)m->nets[i].config.max_context > context) context = (size_t)m->nets[i].config.max_context;
+    size_t n = budget / one;
+    if (rast_mul(rast_blocks_for(context) + 1, (size_t)e->max_seqs, &most) && n > most) n = most;
+    if (n > INT32_MAX) n = INT32_MAX;
+    if (!n)
+        return rast_fail(err, RAST_ERR_MEMORY,
+                         "the KV cache budget of %zu bytes is too small: %d tokens of all models take %zu", budget,
+                         RAST_BLOCK_TOKENS, one);
+    int status = rast_blocks_init(&e->blocks, n, err);
+    for (int32_t i = 0; i < m->n_nets && status == RAST_OK; i++)
+        status = m->ops->alloc(m->ctx, n * rast_kv_block_bytes(&m->nets[i]), RAST_MEM_LAZY, &e->kv[i], err);
+    e->kv_bytes = n * one;
+    return status;
+}
+
+int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out, rast_error *err) {
+    const rast_budget defaults = {0};
+    *out = NULL;
+    if (!budget) budget = &defaults;
+    if (budget->max_rows < 0 || budget->max_rows > 1 << 20 || budget->max_seqs < 0 || budget->max_seqs > 1 << 20)
+        return rast_fail(err, RAST_ERR_VALUE, "max_rows = %d and max_seqs = %d must lie in 0 (default) to %d",
+                         budget->max_rows, budget->max_seqs, 1 << 20);
+    int status = RAST_ERR_MEMORY;
+    const size_t n_nets = (size_t)m->n_nets;
+    rast_engine *e = calloc(1, sizeof *e);
+    if (!e) return rast_fail(err, RAST_ERR_MEMORY, "no memory for an engine");
+    e->model = m;
+    e->max_rows = budget->max_rows ? budget->max_rows : 512;
+    e->max_seqs = budget->max_seqs ? budget->max_seqs : 64;
+    if (e->max_seqs > e->max_rows) e->max_seqs = e->max_rows; /* a step holds a row of every sample */
+    e->cap_out = e->max_rows + e->max_seqs;                   /* a prompt's last row can be asked for twice */
+    e->words = (m->n_vocab + 31) / 32;
+    e->next_id = 1;
+    atomic_init(&e->interrupted, 0);
+
+    const size_t n_seqs = (size_t)e->max_seqs, n_out = (size_t)e->cap_out;
+    e->kv = calloc(n_nets, sizeof *e->kv);
+    e->work = calloc((size_t)m->n_classes, sizeof *e->work);
+    e->running = calloc(n_seqs, sizeof(rast_sample *));
+    e->free_slots = calloc(n_seqs, sizeof *e->free_slots);
+    e->plan.passes = calloc(n_nets, sizeof *e->plan.passes);
+    e->terms = calloc(n_nets, sizeof *e->terms);
+    e->rows_left = calloc(n_nets, sizeof *e->rows_left);
+    e->results = calloc(n_out, sizeof *e->results);
+    e->token = calloc(n_out, sizeof *e->token);
+    e->logprob = calloc(n_out, sizeof *e->logprob);
+    e->stats = calloc(n_out, sizeof *e->stats);
+    e->errors = calloc(n_seqs, sizeof *e->errors);
+    if (!e->kv || !e->work || !e->running || !e->free_slots || !e->plan.passes || !e->terms || !e->rows_left ||
+        !e->results || !e->token || !e->logprob || !e->stats || !e->errors) {
+        rast_fail(err, RAST_ERR_MEMORY, "no memory for an engine of %d samples", e->max_seqs);
+        goto fail;
+    }
+    while (e->n_free_slots < e->max_seqs) {
+        e->free_slots[e->n_free_slots] = e->max_seqs - 1 - e->n_free_slots;
+        e->n_free_slots++;
+    }
+    status = m->ops->queue_new(m->ctx, &e->queue, err);
+    if (status == RAST_OK) status = m->ops->queue_new(m->ctx, &e->upload, err);
+    for (int32_t c = 0; c < m->n_classes && status == RAST_OK; c++)
+        status = rast_workspace_new(m, &m->classes[c], e->max_rows, e->cap_out, &e->work[c], err);
+    if (status == RAST_OK) status = m->ops->alloc(m->ctx, n_seqs * sizeof(int32_t), RAST_MEM_DATA, &e->drawn, err);
+    if (status == RAST_OK) status = m->ops->alloc(m->ctx, n_out * sizeof(rast_drawn), RAST_MEM_DATA, &e->out, err);
+    if (status == RAST_OK) status = make_cache(e, budget->kv_bytes, err);
+    if (status) goto fail;
+    *out = e;
+    return RAST_OK;
+fail:
+    rast_engine_free(e);
+    return status;
+}
+
+static void free_rows(rast_engine *e, rast_rows *r) {
+    e->model->ops->release(e->model->ctx, r->dev);
+    free(r->host);
+}
+
+void rast_engine_free(rast_engine *e) {
+    if (!e) return;
+    const rast_model *m = e->model;
+    for (size_t i = 0; i < e->n_running; i++) rast_sample_free(e->running[i]);
+    for (size_t i = 0; i < e->n_waiting; i++) rast_sample_free(e->waiting[i]);
+    for (size_t i = 0; i < e->n_jobs; i++) rast_job_free(e->jobs[i]);
+    for (size_t i = 0; i < e->n_views; i++) rast_view_free(e->views[i].view);
+    for (int32_t i = 0; e->kv && i < m->n_nets; i++) m->ops->release(m->ctx, e->kv[i]);
+    for (int32_t c = 0; e->work && c < m->n_classes; c++) rast_workspace_free(e->model, &e->work[c]);
+    rast_rows *rows[] = {&e->history, &e->masks, &e->logits, &e->scores, &e->parts};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) free_rows(e, rows[i]);
+    m->ops->release(m->ctx, e->drawn);
+    m->ops->release(m->ctx, e->out);
+    m->ops->release(m->ctx, e->arena.dev);
+    if (e->queue) m->ops->queue_free(e->queue);
+    if (e->upload) m->ops->queue_free(e->upload);
+    rast_blocks_clear(&e->blocks);
+    void *plain[] = {e->kv,      e->work,    e->views,      e->jobs,       e->waiting,   e->running,
+                     e->terms,   e->results, e->free_slots, e->arena.host, e->copies,    e->plan.passes,
+                     e->logprob, e->token,   e->stats,      e->chunks,     e->rows_left, e->errors};
+    for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
+    free(e);
+}
+
+/* ---- requests ------------------------------------------------------------------------------------------------------ */
+
+static int check_room(const rast_engine *e, const rast_job *job, rast_error *err) {
+    for (int32_t i = 0; i < e->model->n_nets; i++) {
+        const rast_net_state *net = &e->model->nets[i];
+        if (job->active >> i & 1 && rast_job_tokens(job) > (size_t)net->config.max_context)
+            return rast_fail(err, RAST_ERR_VALUE,
+                             "prompt (%zu tokens) and max_new_tokens (%d) exceed the context of %s (%d tokens)",
+                             job->n_ids, job->stop.max_new, net->name, net->config.max_context);
+    }
+    const size_t need = rast_blocks_for(rast_job_tokens(job));
+    if (need > e->blocks.n)
+        return rast_fail(err, RAST_ERR_MEMORY,
+                         "%zu tokens need a KV cache of %zu bytes, the budget has %zu: allow more or ask for less",
+                         rast_job_tokens(job), need * block_bytes(e->model), e->kv_bytes);
+    return RAST_OK;
+}
+
+int rast_engine_add(rast_engine *e, const rast_request *request, uint64_t *id, rast_error *err) {
+    rast_job *job;
+    int status = rast_job_new(e->model, request, &job, err);
+    if (status) return status;
+    const size_t n_before = e->n_waiting;
+    rast_job **jobs;
+    status = check_room(e, job, err);
+    if (status) goto fail;
+    jobs = rast_grow(e->jobs, &e->cap_jobs, e->n_jobs, sizeof *jobs);
+    if (!jobs) {
+        status = rast_fail(err, RAST_ERR_MEMORY, "no memory for another request");
+        goto fail;
+    }
+    e->jobs = jobs;
+    job->prefix_known = job->n_samples == 1 || job->n_ids == 1;
+    for (uint32_t i = 0; i < job->n_samples; i++) {
+        rast_sample **waiting = rast_grow(e->waiting, &e->cap_waiting, e->n_waiting, sizeof *waiting);
+        if (!waiting) {
+            status = rast_fail(err, RAST_ERR_MEMORY, "no memory for another sample");
+            goto fail;
+        }
+        e->waiting = waiting;
+        status = rast_sample_new(e->model, job, i, &e->waiting[e->n_waiting], err);
+        if (status) goto fail;
+        e->n_waiting++;
+    }
+    job->id = e->next_id++;
+    e->jobs[e->n_jobs++] = job;
+    if (id) *id = job->id;
+    return RAST_OK;
+fail:
+    while (e->n_waiting > n_before) rast_sample_free(e->waiting[--e->n_waiting]);
+    rast_job_free(job);
+    return status;
+}
+
+int rast_engine_cancel(rast_engine *e, uint64_t id) {
+    for (size_t i = 0; i < e->n_jobs; i++)
+        if (e->jobs[i]->id == id) {
+            e->jobs[i]->cancelled = 1;
+            return RAST_OK;
+        }
+    return RAST_ERR_VALUE;
+}
+
+void rast_engine_cancel_all(rast_engine *e) {
+    for (size_t i = 0; i < e->n_jobs; i++) e->jobs[i]->cancelled = 1;
+}
+
+void rast_engine_interrupt(rast_engine *e) { atomic_store(&e->interrupted, 1); }
+
+int rast_engine_busy(const rast_engine *e) { return e->n_jobs > 0; }
+
+void rast_engine_set_drafter(rast_engine *e, rast_drafter drafter, void *user) {
+    e->drafter = drafter;
+    e->drafter_user = user;
+}
+
+void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
+    *out = (rast_engine_info){.n_blocks = e->blocks.n,
+                              .n_free = e->blocks.n_free,
+                              .block_tokens = RAST_BLOCK_TOKENS,
+                              .kv_bytes = e->kv_bytes,
+                              .steps = e->n_steps,
+                              .rows = e->n_rows,
+                              .drafted = e->n_drafted,
+                              .accepted = e->n_accepted};
+}

@@ -1,0 +1,327 @@
+/* plan.c: chooses the rows of a step and lays them out as passes, outputs and draw parameters. */
+#include "engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGN = 64, MAX_ROW_BYTES = 64 << 20 /* of logits in one step, for prompts */ };
+
+void *rast_grow(void *array, size_t *cap, size_t n, size_t size) {
+    if (n < *cap) return array;
+    size_t want = *cap ? *cap : 8, bytes;
+    while (want <= n)
+        if (!rast_mul(want, 2, &want)) return NULL;
+    if (!rast_mul(want, size, &bytes)) return NULL;
+    void *grown = realloc(array, bytes);
+    if (grown) *cap = want;
+    return grown;
+}
+
+/* Room for `bytes` more in the arena; *offset is where. The host pointer may move with the next call. */
+static int arena_take(rast_arena *a, size_t bytes, size_t *offset, rast_error *err) {
+    size_t end;
+    if (!rast_add(a->used, bytes, &end) || !rast_add(end, ALIGN, &end)) goto memory;
+    if (end > a->cap) {
+        size_t cap = a->cap ? a->cap : 4096;
+        while (cap < end)
+            if (!rast_mul(cap, 2, &cap)) goto memory;
+        uint8_t *host = realloc(a->host, cap);
+        if (!host) goto memory;
+        a->host = host;
+        a->cap = cap;
+    }
+    *offset = a->used;
+    memset(a->host + a->used, 0, end - a->used);
+    a->used = end / ALIGN * ALIGN;
+    return RAST_OK;
+memory:
+    return rast_fail(err, RAST_ERR_MEMORY, "no memory for the description of a step");
+}
+
+static int arena_take_ints(rast_arena *a, size_t n, rast_dev *offset, rast_error *err) {
+    size_t at = 0;
+    int status = arena_take(a, n * sizeof(int32_t), &at, err);
+    *offset = at;
+    return status;
+}
+
+static int32_t *ints(const rast_arena *a, rast_dev offset) { return (int32_t *)(void *)(a->host + offset); }
+
+static int32_t bucket(size_t n, int32_t cap) {
+    int32_t b = 1;
+    while ((size_t)b < n && b < cap) b *= 2;
+    return b < cap ? b : cap;
+}
+
+static int has(uint64_t mask, int32_t net) { return mask >> net & 1; }
+
+/* ---- which rows ---------------------------------------------------------------------------------------------------- */
+
+/* Nets that take part in the next draw. */
+static uint64_t draw_mask(const rast_sample *s) {
+    return rast_sample_n_new(s) < s->job->transfer_start ? 1 : s->job->active;
+}
+
+/* Tokens that the net should have cached when the sample is ready to draw: the prompt but its last token always, so that a
+ * prefix is complete for all nets; everything where the net has a part in the outputs. */
+static size_t target(const rast_sample *s, int32_t net) {
+    if (has(draw_mask(s), net) || rast_sample_prompt_pending(s)) return s->n_ids;
+    return s->job->n_ids - 1;
+}
+
+/* Prompt rows with logits are many bytes: so many at once. */
+static size_t prompt_rows_limit(const rast_engine *e, const rast_sample *s) {
+    const uint32_t want = s->job->want;
+    size_t planes = 0;
+    if (!rast_sample_prompt_pending(s)) return SIZE_MAX;
+    if (want & RAST_WANT_LOGITS) planes += 1;
+    if (want & RAST_WANT_COMPONENTS) planes += (size_t)e->model->n_nets;
+    if (!planes) return SIZE_MAX;
+    const size_t rows = MAX_ROW_BYTES / (planes * (size_t)e->model->n_vocab * sizeof(float));
+    const size_t silent = s->job->prompt_from > s->cached[0] ? s->job->prompt_from - s->cached[0] : 0;
+    return silent + (rows ? rows : 1);
+}
+
+static void ask_drafter(rast_engine *e, rast_sample *s) {
+    const rast_job *job = s->job;
+    const size_t n_new = rast_sample_n_new(s);
+    size_t k = (size_t)job->n_draft;
+    s->n_draft = 0;
+    if (!e->drafter || !s->draws) return;
+    if (k > (size_t)job->stop.max_new - n_new - 1) k = (size_t)job->stop.max_new - n_new - 1;
+    if (n_new < job->transfer_start && k > job->transfer_start - n_new - 1) k = job->transfer_start - n_new - 1;
+    for (int32_t m = 0; m < e->model->n_nets; m++)
+        if (has(draw_mask(s), m) && k > (size_t)e->rows_left[m]) k = (size_t)e->rows_left[m];
+    if (!k) return;
+    size_t n = e->drafter(e->drafter_user, job->tag, s->index, s->ids, s->n_ids, s->draft, k);
+    if (n > k) n = k;
+    for (size_t i = 0; i < n; i++) { /* a draft must have an embedding in every net that checks it */
+        for (int32_t m = 0; m < e->model->n_nets; m++)
+            if (has(draw_mask(s), m) && (s->draft[i] < 0 || s->draft[i] >= e->model->nets[m].config.vocab_size)) return;
+        s->n_draft++;
+    }
+}
+
+static void choose_rows(rast_engine *e, rast_sample *s) {
+    const int32_t n_nets = e->model->n_nets;
+    const uint64_t active = s->job->active;
+    const size_t limit = prompt_rows_limit(e, s);
+    size_t take = limit;
+    int fits = 1;
+    s->scheduled = s->draws = 0;
+    s->n_draft = 0;
+    for (int32_t m = 0; m < n_nets; m++) {
+        s->end[m] = s->cached[m];
+        if (!has(active, m) || target(s, m) <= s->cached[m]) continue;
+        const size_t left = (size_t)e->rows_left[m];
+        if (target(s, m) - s->cached[m] > (left < limit ? left : limit)) fits = 0;
+        if (left < take) take = left;
+    }
+    if (fits) {
+        s->draws = s->job->stop.max_new > 0;
+        for (int32_t m = 0; m < n_nets; m++)
+            if (has(active, m) && target(s, m) > s->cached[m]) {
+                s->end[m] = (uint32_t)target(s, m);
+                e->rows_left[m] -= (int32_t)(s->end[m] - s->cached[m]);
+            }
+        ask_drafter(e, s);
+        for (int32_t m = 0; m < n_nets; m++)
+            if (s->n_draft && has(draw_mask(s), m)) {
+                s->end[m] += s->n_draft;
+                e->rows_left[m] -= (int32_t)s->n_draft;
+            }
+        s->scheduled = 1;
+        return;
+    }
+    for (int32_t m = 0; m < n_nets && take; m++) {
+        size_t end = s->cached[m] + take;
+        if (!has(active, m)) continue;
+        if (end > target(s, m)) end = target(s, m);
+        if (end > s->n_ids - 1) end = s->n_ids - 1; /* the last row goes when all nets can take it */
+        if (end <= s->cached[m]) continue;
+        s->end[m] = (uint32_t)end;
+        e->rows_left[m] -= (int32_t)(end - s->cached[m]);
+        s->scheduled = 1;
+    }
+}
+
+static int is_decoding(const rast_sample *s) { return s->cached[0] + 1 == s->n_ids && rast_sample_n_new(s) > 0; }
+
+/* ---- outputs ------------------------------------------------------------------------------------------------------- */
+
+static void count_outputs(rast_engine *e, rast_sample *s) {
+    s->first_out = e->plan.n_out;
+    s->n_prompt_out = s->n_draw_out = 0;
+    if (!s->scheduled) return;
+    if (rast_sample_prompt_pending(s)) {
+        const size_t from = s->cached[0] > s->job->prompt_from ? s->cached[0] : s->job->prompt_from;
+        if (s->end[0] > from) s->n_prompt_out = s->end[0] - from;
+    }
+    if (s->draws) s->n_draw_out = 1 + s->n_draft;
+    e->plan.n_out += s->n_prompt_out + s->n_draw_out;
+}
+
+/* Position whose row gives output i of the sample. */
+static size_t output_position(const rast_sample *s, size_t i) {
+    if (i < s->n_prompt_out) return s->end[0] - s->n_draft - s->n_prompt_out + i;
+    return s->n_ids - 1 + (i - s->n_prompt_out);
+}
+
+static uint32_t draw_flags(uint32_t want) {
+    return (want & RAST_WANT_LOGPROBS ? RAST_DRAW_LOGPROB : 0u) | (want & RAST_WANT_STATS ? RAST_DRAW_STATS : 0u) |
+           (want & RAST_WANT_LOGITS ? RAST_DRAW_LOGITS : 0u) | (want & RAST_WANT_COMPONENTS ? RAST_DRAW_PARTS : 0u);
+}
+
+static void describe_outputs(rast_engine *e, rast_sample *s) {
+    const rast_job *job = s->job;
+    const rast_sampling *sampling = &job->sampling;
+    const size_t n_nets = (size_t)e->model->n_nets;
+    rast_draw *draw = (rast_draw *)(void *)(e->arena.host + e->plan.draw) + s->first_out;
+    float *coef = (float *)(void *)(e->arena.host + e->plan.coef) + s->first_out * n_nets;
+    for (size_t i = 0; i < s->n_prompt_out; i++, draw++, coef += n_nets) {
+        const size_t next = output_position(s, i) + 1;
+        *draw = (rast_draw){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .slot = -1, .draft = -1, .mask = -1};
+        draw->flags = draw_flags(job->want);
+        draw->target = next < job->n_ids ? job->ids[next] : -2;
+        memcpy(coef, job->coef, n_nets * sizeof *coef);
+        e->plan.flags |= draw->flags;
+    }
+    for (uint32_t i = 0; i < s->n_draw_out; i++, draw++, coef += n_nets) {
+        *draw = (rast_draw){.temperature = sampling->temperature,
+                            .top_p = sampling->top_p,
+                            .min_p = sampling->min_p,
+                            .repetition_penalty = sampling->repetition_penalty,
+                            .top_k = sampling->top_k,
+                            .stream = s->stream,
+                            .position = (uint32_t)(s->n_ids + i),
+                            .target = -1,
+                            .slot = s->slot,
+                            .draft = i ? s->draft[i - 1] : -1,
+                            .mask = -1};
+        draw->flags = draw_flags(job->want) | (sampling->do_sample ? RAST_DRAW_SAMPLE : 0u) |
+                      (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u) |
+                      (s->n_draw_out == 1 ? RAST_DRAW_KEEP : 0u);
+        if (rast_sample_has_mask(s, i)) draw->mask = (int32_t)e->plan.n_masks++;
+        if (rast_sample_n_new(s) < job->transfer_start)
+            coef[0] = 1;
+        else
+            memcpy(coef, job->coef, n_nets * sizeof *coef);
+        e->plan.flags |= draw->flags;
+    }
+}
+
+/* ---- passes -------------------------------------------------------------------------------------------------------- */
+
+static int same_rows(const rast_engine *e, int32_t a, int32_t b) {
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        if (!s->scheduled) continue;
+        if (s->cached[a] != s->cached[b] || s->end[a] != s->end[b]) return 0;
+    }
+    return 1;
+}
+
+static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
+    const int32_t net = p->nets[0];
+    rast_pass *pass = &p->pass;
+    rast_arena *a = &e->arena;
+    size_t n_rows = 0, n_segs = 0, n_ctx = 0;
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        if (!s->scheduled || s->end[net] == s->cached[net]) continue;
+        n_rows += s->end[net] - s->cached[net];
+        n_segs++;
+        if (s->end[net] > n_ctx) n_ctx = s->end[net];
+    }
+    p->max_end = (uint32_t)n_ctx;
+    *pass = (rast_pass){.n_models = p->n_nets,
+                        .cap_rows = bucket(n_rows, e->max_rows),
+                        .cap_segs = bucket(n_segs, e->max_seqs),
+                        .cap_out = bucket(e->plan.n_out, e->cap_out),
+                        .cap_ctx = bucket(n_ctx, INT32_MAX),
+                        .act_type = e->model->nets[net].dtype};
+    const size_t rows = (size_t)pass->cap_rows, segs = (size_t)pass->cap_segs;
+    pass->table_stride = (pass->cap_ctx + RAST_BLOCK_TOKENS - 1) / RAST_BLOCK_TOKENS;
+    int status = arena_take_ints(a, 3, &pass->count, err);
+    if (status == RAST_OK) status = arena_take_ints(a, rows, &pass->token, err);
+    if (status == RAST_OK) status = arena_take_ints(a, rows, &pass->pos, err);
+    if (status == RAST_OK) status = arena_take_ints(a, rows, &pass->row_seg, err);
+    if (status == RAST_OK) status = arena_take_ints(a, segs + 1, &pass->seg_row, err);
+    if (status == RAST_OK) status = arena_take_ints(a, segs, &pass->seg_ctx, err);
+    if (status == RAST_OK) status = arena_take_ints(a, (size_t)pass->cap_out, &pass->out_row, err);
+    if (status == RAST_OK) status = arena_take_ints(a, segs * (size_t)pass->table_stride, &pass->block_table, err);
+    if (status) return status;
+
+    int32_t *count = ints(a, pass->count), *token = ints(a, pass->token), *pos = ints(a, pass->pos);
+    int32_t *row_seg = ints(a, pass->row_seg), *seg_row = ints(a, pass->seg_row), *seg_ctx = ints(a, pass->seg_ctx);
+    int32_t *out_row = ints(a, pass->out_row), *table = ints(a, pass->block_table);
+    int32_t row = 0, seg = 0;
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        if (!s->scheduled) continue;
+        const size_t from = s->cached[net], end = s->end[net];
+        for (size_t o = 0; o < s->n_prompt_out + s->n_draw_out; o++) {
+            const size_t at = output_position(s, o);
+            out_row[s->first_out + o] = at >= from && at < end ? row + (int32_t)(at - from) : -1;
+        }
+        if (from == end) continue;
+        seg_row[seg] = row;
+        seg_ctx[seg] = (int32_t)end;
+        for (size_t b = 0; b * RAST_BLOCK_TOKENS < end; b++)
+            table[(size_t)seg * (size_t)pass->table_stride + b] = s->blocks[b];
+        for (size_t t = from; t < end; t++, row++) {
+            token[row] = t < s->n_ids ? s->ids[t] : s->draft[t - s->n_ids];
+            if (s->fresh && t == s->n_ids - 1) token[row] = -1 - s->slot;
+            pos[row] = (int32_t)t;
+            row_seg[row] = seg;
+        }
+        seg++;
+    }
+    seg_row[seg] = row;
+    count[0] = row, count[1] = seg, count[2] = (int32_t)e->plan.n_out;
+    e->plan.n_rows += (size_t)row;
+    return RAST_OK;
+}
+
+int rast_plan_step(rast_engine *e, rast_error *err) {
+    rast_plan *plan = &e->plan;
+    const int32_t n_nets = e->model->n_nets;
+    plan->n_passes = 0;
+    plan->n_out = plan->n_masks = plan->n_rows = 0;
+    plan->flags = 0;
+    for (int32_t m = 0; m < n_nets; m++) e->rows_left[m] = e->max_rows;
+    for (int decoding = 1; decoding >= 0; decoding--) /* samples that decode first, prompts with what is left */
+        for (size_t i = 0; i < e->n_running; i++)
+            if (is_decoding(e->running[i]) == decoding) choose_rows(e, e->running[i]);
+    for (size_t i = 0; i < e->n_running; i++) count_outputs(e, e->running[i]);
+
+    e->arena.used = 0;
+    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
+    if (status == RAST_OK)
+        status = arena_take(&e->arena, plan->n_out * (size_t)n_nets * sizeof(float), &plan->coef, err);
+    if (status == RAST_OK) status = arena_take(&e->arena, e->n_copies * 2 * sizeof(int32_t), &plan->copies, err);
+    if (status) return status;
+    if (e->n_copies) memcpy(e->arena.host + plan->copies, e->copies, e->n_copies * 2 * sizeof(int32_t));
+    for (size_t i = 0; i < e->n_running; i++)
+        if (e->running[i]->scheduled) describe_outputs(e, e->running[i]);
+
+    uint64_t planned = 0;
+    for (int32_t m = 0; m < n_nets; m++) {
+        int runs = 0;
+        for (size_t i = 0; i < e->n_running && !runs; i++)
+            runs = e->running[i]->scheduled && e->running[i]->end[m] > e->running[i]->cached[m];
+        if (!runs || has(planned, m)) continue;
+        rast_pass_plan *p = &plan->passes[plan->n_passes];
+        *p = (rast_pass_plan){.cls = e->model->nets[m].cls};
+        for (int32_t other = m; other < n_nets; other++) {
+            if (has(planned, other) || e->model->nets[other].cls != p->cls || !same_rows(e, m, other)) continue;
+            p->nets[p->n_nets++] = other;
+            p->mask |= (uint64_t)1 << other;
+        }
+        planned |= p->mask;
+        plan->n_passes++;
+        status = fill_pass(e, p, err);
+        if (status) return status;
+    }
+    return RAST_OK;
+}
