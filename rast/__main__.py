@@ -1,0 +1,5 @@
+"""`python -m rast`: the command line."""
+
+from rast.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""What the commands share: options that name models, loading with progress, errors as one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import rast
+
+if TYPE_CHECKING:
+    from rast.loading import Progress
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Base model: folder, Hugging Face Hub id or .gguf file.")]
+Expert = Annotated[str | None, typer.Option(help="Small tuned model.")]
+Antiexpert = Annotated[str | None, typer.Option(help="The small model before tuning.")]
+Pair = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PAIR",
+        help="EXPERT,ANTIEXPERT,STRENGTH; once for each of several pairs. ANTIEXPERT may be empty, STRENGTH left out.",
+    ),
+]
+Strength = Annotated[float, typer.Option("--transfer-strength", "--strength", help="λ of --expert.")]
+Device = Annotated[str, typer.Option(help="auto or cpu.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+NumThreads = Annotated[int | None, typer.Option(help="Default: one for each core.")]
+MaxContext = Annotated[int | None, typer.Option(help="Override the models' context limit.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")]
+CacheDir = Annotated[str | None, typer.Option(help="Cache of downloads.")]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="RAST_DEBUG")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def parse_pairs(texts: list[str] | None) -> list[rast.TransferPair] | None:
+    """The values of --pair."""
+    if not texts:
+        return None
+    pairs = []
+    for text in texts:
+        expert, *rest = (part.strip() for part in text.split(","))
+        try:
+            strength = float(rest[1]) if len(rest) > 1 else 1.0
+        except ValueError:
+            raise ValueError(f"--pair {text}: the strength {rest[1]!r} is not a number") from None
+        if not expert or len(rest) > 2:
+            raise ValueError(f"--pair {text}: must be EXPERT,ANTIEXPERT,STRENGTH")
+        pairs.append(rast.TransferPair(expert, (rest[0] if rest else "") or None, strength))
+    return pairs
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """A progress callback that draws bars on a terminal's standard error; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
+
+
+def load_model(base: str, **options: Any) -> rast.RastForCausalLM:
+    """`from_pretrained` with a progress bar."""
+    with progress_bar() as progress:
+        return rast.RastForCausalLM.from_pretrained(base, progress=progress, **options)
+
+
+@contextmanager
+def report_errors(debug: bool) -> Iterator[None]:
+    """Turns exceptions into `error: …` and an exit code, warnings into `warning: …`; both on standard error."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        typer.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = show
+        try:
+            yield
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            typer.echo("\nerror: interrupted", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # whoever read the output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if debug:
+                raise
+            text = str(error) or type(error).__name__
+            typer.echo(f"error: {' '.join(text.split())}", err=True)
+            raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: Exception) -> int:
+    bad_input = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotImplementedError)
+    return 2 if isinstance(error, bad_input) else 1

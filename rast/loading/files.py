@@ -1,0 +1,31 @@
+"""Reading files at the border: JSON objects and read-only memory maps, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. FileNotFoundError; ValueError naming the file when it is anything else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def map_file(path: Path) -> Bytes:
+    """The bytes of `path`, memory-mapped read-only. The map lives as long as any view of it."""
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty")
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

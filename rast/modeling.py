@@ -1,0 +1,674 @@
+"""The model that users hold: a base and its transfer pairs, loaded once and run as one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rast import _core
+from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
+from rast.inputs import Ids, Mask, Prompts, read_prompts
+from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from rast.loading import LoadedNet, Progress, Reconciled, Tokenizer
+    from rast.streaming import Streamer
+
+__all__ = ["RastForCausalLM", "Source", "TransferPair"]
+
+Source = str | os.PathLike[str]
+"""A local folder, a Hugging Face Hub id or a .gguf file."""
+
+
+@dataclass(frozen=True)
+class TransferPair:
+    """Adds strength · (expert − antiexpert) to the base's logits; without an antiexpert, strength · expert."""
+
+    expert: Source
+    antiexpert: Source | None = None
+    strength: float = 1.0
+
+
+@dataclass
+class _Net:
+    """A distinct model and all the roles that it plays."""
+
+    loaded: LoadedNet
+    max_context: int
+    roles: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{' and '.join(self.roles)} ({self.loaded.source})"
+
+    @property
+    def config(self) -> _core.NetConfig:
+        config = self.loaded.config.copy()
+        config["max_context"] = self.max_context
+        return config
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self.loaded.config["vocab_size"]
+        return size
+
+
+class RastForCausalLM:
+    """Decodes with logits = base + Σ λᵢ · (expertᵢ − antiexpertᵢ). Made by `from_pretrained`.
+
+    Token ids go in and come out as NumPy arrays; `tokenizer` turns text into ids and back. Methods may be called from
+    several threads; they take turns.
+
+    Attributes:
+        tokenizer: the base's tokenizer, or None if it came without one.
+        generation_config: defaults of `generate`: the base's generation_config.json, with the end-of-sequence ids of
+            base and experts. Changes to it take effect.
+        load_warnings: what was warned of while loading.
+    """
+
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    load_warnings: list[str]
+
+    def __init__(
+        self,
+        nets: list[_Net],
+        pairs: list[tuple[int, int | None]],
+        strengths: NDArray[np.float64],
+        *,
+        num_threads: int | None,
+        max_context: int | None,
+        kv_cache_bytes: int | None,
+        max_batch_rows: int | None,
+        max_batch_size: int | None,
+    ) -> None:
+        """Use `from_pretrained`. `pairs` holds indices into `nets`, whose first is the base."""
+        from rast.loading import reconcile
+
+        others = [(net.loaded, _main_role(net)) for net in nets[1:]]
+        agreed: Reconciled = reconcile(nets[0].loaded, others)
+        self._nets = nets
+        self._pairs = pairs
+        self._strengths = strengths
+        self._roles = np.zeros((len(pairs), len(nets)))  # coefficients = base + strengths @ roles
+        for i, (expert, antiexpert) in enumerate(pairs):
+            self._roles[i, expert] += 1
+            if antiexpert is not None:
+                self._roles[i, antiexpert] -= 1
+        self._max_context = max_context
+        self._uncommon = [len(ids) for ids in agreed.uncommon]
+        core_nets: list[_core.Net] = [
+            {
+                "name": net.name,
+                "config": net.config,
+                "tensors": net.loaded.tensors,
+                "dtype": net.loaded.dtype,
+                "uncommon": uncommon,
+            }
+            for net, uncommon in zip(nets, agreed.uncommon, strict=True)
+        ]
+        self._core_model = _core.Model(
+            core_nets, num_threads=num_threads or 0, n_valid=agreed.n_valid, pieces=agreed.pieces
+        )
+        self._budget = {
+            "kv_bytes": kv_cache_bytes or 0,
+            "max_rows": max_batch_rows or 0,
+            "max_seqs": max_batch_size or 0,
+        }
+        self._engine: _core.Engine | None = None
+        self._lock = threading.RLock()
+        self._can_stop_at_strings = agreed.pieces is not None
+        self.tokenizer = nets[0].loaded.tokenizer
+        self.generation_config = {
+            **nets[0].loaded.generation_config,
+            "eos_token_id": agreed.eos_token_id or None,
+            "pad_token_id": agreed.pad_token_id,
+        }
+        self.load_warnings = [text for net in nets for text in net.loaded.warnings] + agreed.warnings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: Source,
+        *,
+        expert: Source | None = None,
+        antiexpert: Source | None = None,
+        transfer_strength: float = 1.0,
+        pairs: Sequence[TransferPair] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_threads: int | None = None,
+        max_context: int | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        kv_cache_bytes: int | None = None,
+        max_batch_rows: int | None = None,
+        max_batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Loads a base and its transfer pairs; weights stay in the memory-mapped files.
+
+        Args:
+            base: local folder, Hugging Face Hub id or .gguf file of the model that is steered.
+            expert: the small tuned model.
+            antiexpert: the same small model before tuning; without it the expert's logits are added as they are.
+            transfer_strength: λ, any finite number.
+            pairs: instead of the three before, for several pairs; with neither, plain generation.
+            device: "auto" or "cpu".
+            dtype: "float32", "bfloat16", "float16" or "auto" (as stored): rounding of the inputs of matrix products.
+            num_threads: None: one for each core that this process may use.
+            max_context: overrides the context limit of all models.
+            revision: of the base on the Hub (branch, tag or commit); the other models use their default branch.
+            cache_dir, token, local_files_only: as in huggingface_hub.
+            kv_cache_bytes: memory for keys and values of all models together; None: half of what is free.
+            max_batch_rows: most tokens that one step runs through a model (prompt chunks); None: 512.
+            max_batch_size: most sequences that run at once, more wait their turn; None: 64.
+            progress: called while loading, see `rast.loading.Progress`.
+
+        Raises:
+            ValueError: arguments, files or tokenizers that do not fit together; the message names them.
+            FileNotFoundError: no such model.
+            NotImplementedError: an architecture, rope type or weight format that is not supported.
+            RuntimeError: the device is not available.
+        """
+        from rast.loading import load_net
+
+        _check_device(device)
+        for name, value in (
+            ("num_threads", num_threads),
+            ("max_context", max_context),
+            ("kv_cache_bytes", kv_cache_bytes),
+            ("max_batch_rows", max_batch_rows),
+            ("max_batch_size", max_batch_size),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} must be an integer or None, not {value!r}")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        wanted = _pairs(expert, antiexpert, transfer_strength, pairs)
+        none = np.zeros(len(wanted))
+        strengths = transfer_strengths([pair.strength for pair in wanted], none, 1)[0] if wanted else none
+
+        nets: list[_Net] = []
+        by_source: dict[tuple[str, str | None], int] = {}
+        by_key: dict[Hashable, int] = {}
+
+        def load(source: Source, role: str, revision: str | None = None) -> int:
+            asked = (os.fspath(source), revision)
+            if asked not in by_source:
+                loaded = load_net(
+                    source,
+                    name=role,
+                    dtype=dtype,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                    progress=progress,
+                )
+                index = by_source[asked] = by_key.setdefault(loaded.key(), len(nets))
+                if index == len(nets):
+                    nets.append(_Net(loaded, max_context or loaded.config["max_context"]))
+            nets[by_source[asked]].roles.append(role)
+            return by_source[asked]
+
+        load(base, "base", revision)
+        indices: list[tuple[int, int | None]] = []
+        for i, pair in enumerate(wanted):
+            number = f" {i + 1}" if len(wanted) > 1 else ""
+            e = load(pair.expert, f"expert{number}")
+            a = None if pair.antiexpert is None else load(pair.antiexpert, f"antiexpert{number}")
+            indices.append((e, a))
+        model = cls(
+            nets,
+            indices,
+            strengths,
+            num_threads=num_threads,
+            max_context=max_context,
+            kv_cache_bytes=kv_cache_bytes,
+            max_batch_rows=max_batch_rows,
+            max_batch_size=max_batch_size,
+        )
+        for text in model.load_warnings:
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return model
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The base's dimensions; a copy."""
+        return {"architecture": self._nets[0].loaded.architecture, **self._nets[0].loaded.config}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role → source, e.g. {"base": "Qwen/Qwen2.5-7B", "expert": …}."""
+        return {role: str(net.loaded.source) for net in self._nets for role in net.roles}
+
+    @property
+    def transfer_strength(self) -> NDArray[np.float64]:
+        """`[pairs]` default λ of each pair; a copy."""
+        return self._strengths.copy()
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits: rows of the base's embedding."""
+        return self._core_model.n_vocab
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a sequence with all models active."""
+        return min(net.max_context for net in self._nets)
+
+    def info(self) -> dict[str, Any]:
+        """All that `rast info` shows, as plain Python values."""
+        return {
+            "device": "cpu",
+            "isa": self._core_model.isa,
+            "num_threads": self._core_model.num_threads,
+            "vocab_size": self.vocab_size,
+            "max_context": self.max_context,
+            "nets": [
+                {
+                    "roles": list(net.roles),
+                    "source": str(net.loaded.source),
+                    "path": str(net.loaded.path),
+                    "architecture": net.loaded.architecture,
+                    "dtype": core["dtype"],
+                    "n_parameters": core["n_parameters"],
+                    "weight_bytes": core["weight_bytes"],
+                    "kv_bytes_per_token": core["kv_bytes_per_token"],
+                    "vocab_size": core["vocab_size"],
+                    "max_context": core["max_context"],
+                    "n_uncommon_ids": uncommon,
+                }
+                for net, core, uncommon in zip(self._nets, self._core_model.net_info(), self._uncommon, strict=True)
+            ],
+            "transfer_strength": self._strengths.tolist(),
+            "warnings": list(self.load_warnings),
+        }
+
+    def __repr__(self) -> str:
+        info = self.info()
+        lines = [
+            f"  {' and '.join(net['roles'])}: {net['source']} "
+            f"({net['architecture']}, {net['n_parameters'] / 1e6:,.1f} M parameters, {net['dtype']})"
+            for net in info["nets"]
+        ]
+        if self._pairs:
+            lines.append(f"  transfer_strength: {', '.join(f'{s:g}' for s in self._strengths)}")
+        lines.append(f"  {info['device']}: {info['isa']}, {info['num_threads']} threads")
+        return "RastForCausalLM(\n" + "\n".join(lines) + "\n)"
+
+    # ---- decoding --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        generation_config: Any = None,
+        streamer: Streamer | None = None,
+        **options: Unpack[GenerateKwargs],
+    ) -> Any:
+        """Continues prompts. Option names, meaning and defaults are those of transformers' GenerationConfig, overlaid
+        by the base's generation_config.json.
+
+        Args:
+            input_ids: integers `[batch, length]` or `[length]`, or a list of 1-D arrays of different lengths.
+            attention_mask: the shape of input_ids; zeros mark padding at the left or right end of a row.
+            generation_config: a dict or transformers.GenerationConfig, under the options given here.
+            streamer: gets new tokens as they come (`put`, `end`); for one sequence.
+            **options: see `rast.generation.GenerateKwargs`. Not in transformers: `transfer_strength` (one number, one
+                for each pair, or `[batch, pairs]`; a pair with 0 is not run), `transfer_start` (new tokens drawn from
+                the base alone before the pairs join) and `seed` (None: from the system).
+
+        Returns:
+            int64 `[batch · num_return_sequences, width + T]`: left-padded prompt, new tokens, `pad_token_id`. With
+            `return_dict_in_generate=True` a `GenerateOutput`.
+
+        Raises:
+            TypeError: an option that is not supported, a wrong type.
+            ValueError: an empty prompt, ids without a row in an active model, too many tokens for its context, options
+                out of range.
+            RuntimeError: NaN or Inf in a model's logits (`rast._core.NumericError`).
+        """
+        prompts = read_prompts(input_ids, attention_mask)
+        opts = self._options(options, generation_config)
+        want = 0
+        if opts.return_dict_in_generate:
+            want = _core.WANT_LOGPROBS | _core.WANT_STATS
+            want |= _core.WANT_SCORES if opts.output_scores else 0
+            want |= _core.WANT_LOGITS if opts.output_logits else 0
+        requests = self._requests(prompts, opts, want)
+        on_tokens = None
+        if streamer is not None:
+            if len(prompts) * opts.num_return_sequences != 1:
+                raise ValueError("a streamer takes one sequence at a time: one prompt, num_return_sequences=1")
+            sink = streamer  # for the type checker: never None in the callback
+            sink.put(prompts.ids[0][None].astype(np.int64))
+
+            def on_tokens(tag: int, sample: int, ids: NDArray[np.int32], finish: str | None) -> None:
+                if len(ids):
+                    sink.put(ids.astype(np.int64))
+
+        results = self._run(requests, on_tokens)
+        if streamer is not None:
+            streamer.end()
+        return _generated(prompts, opts, results, self.vocab_size)
+
+    def stream(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        generation_config: Any = None,
+        **options: Unpack[GenerateKwargs],
+    ) -> Iterator[Any]:
+        """Like `generate`, as an iterator over new tokens while they are drawn.
+
+        Bad arguments raise here, not at the first step. Leaving the loop early (or `close()`) ends the generation.
+        Other calls may run between the steps.
+
+        Yields:
+            For one sequence, its new ids: int64 `[n]`, n ≥ 1. For several, `(row, ids)`, where row counts as in the
+            output of `generate`.
+        """
+        prompts = read_prompts(input_ids, attention_mask)
+        opts = self._options(options, generation_config)
+        if opts.return_dict_in_generate:
+            raise ValueError("stream() yields token ids only: return_dict_in_generate does not apply")
+        return self._steps(self._requests(prompts, opts, want=0), opts.num_return_sequences)
+
+    @overload
+    def forward(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        return_components: Literal[False] = False,
+        logits_to_keep: int = 0,
+        transfer_strength: ArrayLike | None = None,
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        return_components: Literal[True],
+        logits_to_keep: int = 0,
+        transfer_strength: ArrayLike | None = None,
+    ) -> ForwardOutput: ...
+
+    def forward(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        return_components: bool = False,
+        logits_to_keep: int = 0,
+        transfer_strength: ArrayLike | None = None,
+    ) -> NDArray[np.float32] | ForwardOutput:
+        """Combined logits of the next token at every position.
+
+        Args:
+            input_ids, attention_mask: as in `generate`.
+            return_components: also return each model's own logits.
+            logits_to_keep: only the last so many tokens of each prompt, aligned at their end; 0: all.
+            transfer_strength: as in `generate`.
+
+        Returns:
+            float32 `[batch, length, vocab]`, laid out as the input with zeros at padding; a `ForwardOutput` with
+            `return_components`. −inf where an id cannot be drawn (an active model has no row for it, or it is beyond
+            the tokenizer).
+
+        Raises:
+            As `generate`.
+        """
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | np.integer):
+            raise TypeError(f"logits_to_keep must be an integer, not {logits_to_keep!r}")
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must not be negative, but is {logits_to_keep}")
+        prompts = read_prompts(input_ids, attention_mask)
+        want = _core.WANT_LOGITS | (_core.WANT_COMPONENTS if return_components else 0)
+        results = self._evaluate(prompts, transfer_strength, want, int(logits_to_keep) or prompts.width)
+
+        if logits_to_keep:
+            width = min(int(logits_to_keep), prompts.longest)
+            ends = [width] * len(prompts)
+        else:
+            width = prompts.width
+            ends = [start + len(ids) for start, ids in zip(prompts.start, prompts.ids, strict=True)]
+        logits = np.zeros((len(prompts), width, self.vocab_size), dtype=np.float32)
+        parts = np.zeros((len(self._nets) if return_components else 0, *logits.shape), dtype=np.float32)
+        for row, (result, end) in enumerate(zip(results, ends, strict=True)):
+            start = end - len(result["logits"])
+            logits[row, start:end] = result.pop("logits")  # the rows are large: keep one copy
+            if return_components:
+                parts[:, row, start:end] = result.pop("parts").swapaxes(0, 1)
+        if not return_components:
+            return logits
+        return ForwardOutput(
+            logits=logits,
+            base=parts[0],
+            experts=[parts[e] for e, _ in self._pairs],
+            antiexperts=[None if a is None else parts[a] for _, a in self._pairs],
+        )
+
+    def score(
+        self,
+        input_ids: Ids,
+        attention_mask: Mask | None = None,
+        *,
+        transfer_strength: ArrayLike | None = None,
+    ) -> ScoreOutput:
+        """Log-probability of each token under combined model and base, and how far they differ. Logits are not kept.
+
+        Args and errors are those of `forward`.
+        """
+        prompts = read_prompts(input_ids, attention_mask)
+        results = self._evaluate(prompts, transfer_strength, _core.WANT_LOGPROBS | _core.WANT_STATS, prompts.width)
+        shape = (len(prompts), prompts.width)
+        out = ScoreOutput(
+            logprob=np.full(shape, np.nan, dtype=np.float32),
+            base_logprob=np.full(shape, np.nan, dtype=np.float32),
+            base_token=np.full(shape, -1, dtype=np.int64),
+            kl=np.full(shape, np.nan, dtype=np.float32),
+        )
+        for row, result in enumerate(results):
+            first = prompts.start[row]
+            scored = slice(first + 1, first + len(prompts.ids[row]))  # what position i says is about token i + 1
+            for name in ("logprob", "base_logprob", "base_token", "kl"):
+                getattr(out, name)[row, scored] = result[name][:-1]
+        return out
+
+    # ---- requests and results --------------------------------------------------------------------------------------
+
+    def _options(self, call: GenerateKwargs, generation_config: Any) -> GenerationOptions:
+        return GenerationOptions.resolve(
+            call,
+            generation_config,
+            self.generation_config,
+            n_vocab=self.vocab_size,
+            has_tokenizer=self._can_stop_at_strings,
+            stacklevel=4,
+        )
+
+    def _coefficients(self, strength: Any, batch: int) -> NDArray[np.float32]:
+        """`[batch, nets]` factors of the nets' logits in the sum."""
+        coefficients = transfer_strengths(strength, self._strengths, batch) @ self._roles
+        coefficients[:, 0] += 1
+        return coefficients.astype(np.float32)
+
+    def _active(self, coefficients: NDArray[Any]) -> list[_Net]:
+        """Nets that run: the base, and those with a part in the sum."""
+        return self._nets[:1] + [net for net, c in zip(self._nets[1:], coefficients[1:], strict=True) if c]
+
+    def _check(self, prompts: Prompts, coefficients: NDArray[np.float32], n_new: int) -> None:
+        """Every id has a row in every active net, and every sequence fits into its context."""
+        for row, ids in enumerate(prompts.ids):
+            for net in self._active(coefficients[row]):
+                if ids.max() >= net.vocab_size:
+                    at = int(np.argmax(ids >= net.vocab_size))
+                    raise ValueError(
+                        f"input_ids: {ids[at]} (row {row}, position {prompts.start[row] + at}) has no row in "
+                        f"{net.name}, whose vocabulary has {net.vocab_size} ids"
+                    )
+                if len(ids) + n_new > net.max_context:
+                    new = f" and {n_new} new ones" if n_new else ""
+                    limit = "max_context" if self._max_context else f"the context of {net.name}"
+                    raise ValueError(f"row {row}: {len(ids)} tokens{new} exceed {limit}, {net.max_context} tokens")
+
+    def _requests(self, prompts: Prompts, opts: GenerationOptions, want: int) -> list[_core.Request]:
+        coefficients = self._coefficients(opts.transfer_strength, len(prompts))
+        context = min(net.max_context for net in self._active(np.any(coefficients, axis=0)))
+        shared = opts.request(prompts.longest, context)
+        self._check(prompts, coefficients, shared["max_new"])
+        copies: defaultdict[bytes, int] = defaultdict(int)  # equal prompts in one call draw from different streams
+        requests: list[_core.Request] = []
+        for row, ids in enumerate(prompts.ids):
+            copy = copies[ids.tobytes()]
+            copies[ids.tobytes()] += opts.num_return_sequences
+            requests.append(
+                {**shared, "ids": ids, "coef": coefficients[row], "tag": row, "first_copy": copy, "want": want}
+            )
+        return requests
+
+    def _evaluate(self, prompts: Prompts, strength: Any, want: int, keep: int) -> list[dict[str, Any]]:
+        """What the prompts' last `keep` positions say, one dict of arrays for each prompt."""
+        coefficients = self._coefficients(strength, len(prompts))
+        self._check(prompts, coefficients, 0)
+        requests: list[_core.Request] = [
+            {
+                "ids": ids,
+                "coef": coefficients[row],
+                "max_new": 0,
+                "tag": row,
+                "want": want | _core.WANT_PROMPT,
+                "prompt_from": max(0, len(ids) - keep),
+            }
+            for row, ids in enumerate(prompts.ids)
+        ]
+        return [dict(result["prompt"] or {}) for result in self._run(requests)]
+
+    def _new_engine(self) -> _core.Engine:
+        return _core.Engine(self._core_model, **self._budget)
+
+    def _run(self, requests: list[_core.Request], on_tokens: _core.OnTokens | None = None) -> list[_core.Result]:
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._new_engine()
+            results = self._engine.run(requests, on_tokens)
+        for result in results:
+            _raise_error(result, len(requests))
+        return results
+
+    def _steps(self, requests: list[_core.Request], n_samples: int) -> Iterator[Any]:
+        """The loop of `stream`, on an engine of its own, so that other calls can run in between."""
+        with self._lock:
+            engine = self._new_engine()
+            for request in requests:
+                engine.add(request)
+        one = len(requests) * n_samples == 1
+        while True:
+            with self._lock:
+                if not engine.busy:
+                    return
+                results = engine.step()
+            for result in results:
+                _raise_error(result, len(requests))
+                if len(result["tokens"]):
+                    ids = result["tokens"].astype(np.int64)
+                    yield ids if one else (result["tag"] * n_samples + result["sample"], ids)
+
+
+def _check_device(device: str) -> None:
+    if device in ("auto", "cpu"):
+        return
+    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdecimal()):
+        raise RuntimeError(f"device {device!r}: this build has no CUDA backend; use device='cpu'")
+    raise ValueError(f"device must be 'auto' or 'cpu', not {device!r}")
+
+
+def _pairs(
+    expert: Source | None, antiexpert: Source | None, strength: float, pairs: Sequence[TransferPair] | None
+) -> list[TransferPair]:
+    """The pairs that the arguments of `from_pretrained` name."""
+    if pairs is not None:
+        if expert is not None or antiexpert is not None or strength != 1.0:
+            raise ValueError("give either pairs or expert, antiexpert and transfer_strength, not both")
+        for pair in pairs:
+            if not isinstance(pair, TransferPair):
+                raise TypeError(f"pairs must hold TransferPair objects, not {pair!r}")
+        return list(pairs)
+    if expert is None and antiexpert is not None:
+        raise ValueError("an antiexpert needs an expert")
+    if expert is None and strength != 1.0:
+        raise ValueError("transfer_strength needs an expert")
+    return [] if expert is None else [TransferPair(expert, antiexpert, strength)]
+
+
+def _main_role(net: _Net) -> Literal["expert", "antiexpert"]:
+    """For what depends on the role, such as whose end-of-sequence ids count: an expert anywhere is an expert."""
+    return "expert" if any(role.startswith("expert") for role in net.roles) else "antiexpert"
+
+
+def _raise_error(result: _core.Result, n_prompts: int) -> None:
+    error = result["error"]
+    if error is not None:
+        raise error if n_prompts == 1 else type(error)(f"row {result['tag']}: {error}")
+
+
+def _generated(
+    prompts: Prompts, opts: GenerationOptions, results: list[_core.Result], n_vocab: int
+) -> NDArray[np.int64] | GenerateOutput:
+    """Results of all samples as padded arrays."""
+    width = prompts.longest
+    lengths = np.array([len(result["tokens"]) for result in results], dtype=np.int64)
+    shape = (len(results), int(lengths.max()))
+    sequences = np.full((shape[0], width + shape[1]), opts.pad_token_id, dtype=np.int64)
+    for row, result in enumerate(results):
+        prompt = prompts.ids[result["tag"]]
+        sequences[row, width - len(prompt) : width] = prompt
+        sequences[row, width : width + lengths[row]] = result["tokens"]
+    if not opts.return_dict_in_generate:
+        return sequences
+
+    def padded(name: Literal["logprob", "base_logprob", "kl", "base_token", "scores", "logits"]) -> NDArray[Any]:
+        tail = (n_vocab,) if name in ("scores", "logits") else ()
+        fill, dtype = (-1, np.int64) if name == "base_token" else (np.nan, np.float32)
+        out = np.full(shape + tail, fill, dtype=dtype)
+        for row, result in enumerate(results):
+            out[row, : lengths[row]] = result[name]
+            result[name] = None  # the rows are large: keep one copy
+        return out
+
+    def steps(name: Literal["scores", "logits"]) -> tuple[NDArray[np.float32], ...]:
+        return tuple(padded(name).swapaxes(0, 1))
+
+    return GenerateOutput(
+        sequences=sequences,
+        new_lengths=lengths,
+        finish_reason=[result["finish"] for result in results],
+        logprob=padded("logprob"),
+        base_logprob=padded("base_logprob"),
+        base_token=padded("base_token"),
+        transfer_kl=padded("kl"),
+        seed=opts.seed,
+        scores=steps("scores") if opts.output_scores else None,
+        logits=steps("logits") if opts.output_logits else None,
+    )
