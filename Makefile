@@ -42,7 +42,7 @@ test-full: $(VENV)/test.stamp
 	RAST_TEST_FULL=1 $(BIN)/python -m pytest -q
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode.py --model smollm2 --batch 1 8
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -156,9 +156,8 @@ def main() -> None:
             "rast": rast.__version__,
             "batches": {},
         }
-        print(
-            f"{shape}, bfloat16, {args.threads} threads, {report['cpu']}, {info['isa']}, medians of {args.rounds} rounds"
-        )
+        machine = f"{report['cpu']}, {info['isa']}, {args.threads} threads"
+        print(f"{shape}, bfloat16; {machine}; medians of {args.rounds} rounds")
         for batch in args.batch:
             prompts = np.random.default_rng(0).integers(0, info["vocab_size"], (batch, PROMPT_LENGTH))
             contestants: dict[str, Callable[[], float]] = {

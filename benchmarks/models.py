@@ -1,5 +1,5 @@
-"""Models for benchmarks: random weights in real shapes, as bfloat16 safetensors with a config.json. Speed does not depend
-on the values, and nothing needs to be downloaded."""
+"""Models for benchmarks: random weights in real shapes, as bfloat16 safetensors with a config.json. Speed does not
+depend on the values, and nothing needs to be downloaded."""
 
 from __future__ import annotations
 

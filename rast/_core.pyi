@@ -148,14 +148,14 @@ class Engine:
 
     def __init__(self, model: Model, *, kv_bytes: int = 0, max_rows: int = 0, max_seqs: int = 0) -> None: ...
     def run(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Result]:
-        """Adds the requests, steps until all their samples ended, with the GIL released; results in the order of requests
-        and samples. Without `on_tokens` it takes the GIL only now and then, to let signals in: an exception there (Ctrl-C)
-        or in `on_tokens` cancels the requests, drains the engine and is raised."""
+        """Adds the requests, steps until all their samples ended, with the GIL released; results in the order of
+        requests and samples. Without `on_tokens` it takes the GIL only now and then, to let signals in: an exception
+        there (Ctrl-C) or in `on_tokens` cancels the requests, drains the engine and is raised."""
     def add(self, request: Request) -> int: ...
     def cancel(self, id: int) -> None: ...
     def step(self) -> list[Result]:
-        """One step; what each sample got in it (tokens [n]; finish "" while it runs; no `prompt` assembly: prompt rows are
-        not available this way). Empty and not `busy`: nothing left to do."""
+        """One step; what each sample got in it (tokens [n]; finish "" while it runs; no `prompt` assembly: prompt rows
+        are not available this way). Empty and not `busy`: nothing left to do."""
     @property
     def busy(self) -> bool: ...
     def info(self) -> EngineInfo: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -25,11 +24,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> ModelZoo:
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this machine has, forced on the models loaded in the test."""
     from rast import _core
 
     if request.param not in _core.cpu_isas():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("RAST_CPU_ISA", request.param)
-    yield request.param
+    return str(request.param)

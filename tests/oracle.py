@@ -1,4 +1,4 @@
-"""What the tests compare rast with: small random HuggingFace models, the three-model loop, and HuggingFace's processors."""
+"""What the tests compare rast with: small random HuggingFace models, the three-model loop, HuggingFace's processors."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class ModelZoo:
         return self._made[key]
 
     def trio(self, arch: str = "qwen2", seed: int = 0, **options: Any) -> tuple[Path, Path, Path]:
-        """A base and a smaller expert and antiexpert with the same vocabulary; the expert is close to the antiexpert."""
+        """A base and a smaller expert and antiexpert with the same vocabulary."""
         vocab = (DEFAULTS | ARCHITECTURES[arch])["vocab_size"]
         small = dict(num_hidden_layers=2, vocab_size=vocab) | options
         return (
@@ -295,7 +295,7 @@ def random_prompts(n: int, vocab: int, seed: int = 0, low: int = 1, high: int = 
 
 
 CORPUS = (
-    "the quick brown fox jumps over the lazy dog. she said that the answer is forty two, and the other one is thirteen. "
+    "the quick brown fox jumps over the lazy dog. she said that the answer is forty two, and the other one is twelve. "
     "let us think step by step: first add the numbers, then divide the sum by their count. naïve café déjà vu 你好 😀"
 )
 N_TEXT_TOKENS = 300  # ordinary tokens of make_tokenizer

@@ -1,4 +1,4 @@
-"""Bad input through the public interface: the right exception, which names the file, tensor or argument; never a crash."""
+"""Bad input through the public interface: an exception that names the file, tensor or argument; never a crash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from oracle import ModelZoo, details, edit_json, load_rast, make_config, make_model
 
-# ---- arguments --------------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_input_ids(model: Any, ids: Any, error: Any, method: str) -> None:
     ],
 )
 def test_attention_mask(model: Any, mask: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="attention_mask|empty"):
+    with pytest.raises((TypeError, ValueError), match=r"attention_mask|empty"):
         model.generate(IDS, attention_mask=mask)
 
 
@@ -216,7 +216,7 @@ def test_no_such_model(tmp_path: Path, zoo: ModelZoo) -> None:
         load_rast(zoo.folder("qwen2"), tmp_path / "nothing")
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     [
         (lambda h: h.pop(Q), Q),
         (lambda h: h[Q].update(shape=[10, 10]), Q),
-        (lambda h: h[Q].update(shape=h[Q]["shape"][::-1] + [1]), Q),
+        (lambda h: h[Q].update(shape=[*h[Q]["shape"], 1]), Q),
         (lambda h: h[Q].update(shape=[-72, -72]), Q),
         (lambda h: h[Q].update(shape=[2**63, 2**63]), Q),
         (lambda h: h[Q].update(shape="x"), Q),
@@ -304,7 +304,7 @@ def test_unaligned_safetensors_are_right_or_refused(copy: Path, zoo: ModelZoo, p
     try:
         got = load_rast(copy).forward(np.arange(9))
     except ValueError as error:
-        assert "align" in str(error)
+        assert "align" in str(error)  # noqa: PT017 - either outcome is right
     else:
         np.testing.assert_array_equal(got, load_rast(zoo.folder("qwen2")).forward(np.arange(9)))
 
@@ -453,7 +453,7 @@ def test_random_changes_of_a_safetensors_header(copy: Path) -> None:
             pass
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -494,7 +494,7 @@ def test_bad_numbers_out_of_reach_do_no_harm(zoo: ModelZoo, tmp_path: Path) -> N
 def test_one_bad_prompt_in_a_batch(zoo: ModelZoo) -> None:
     """Checked before anything runs; the message says which row."""
     model = load_rast(zoo.folder("qwen2"))
-    with pytest.raises(ValueError, match="row 2|311"):
+    with pytest.raises(ValueError, match=r"row 2|311"):
         model.generate([np.array([1]), np.array([2, 3]), np.array([311])], max_new_tokens=2)
 
 
@@ -521,7 +521,7 @@ def test_very_large_numbers_do_not_overflow(zoo: ModelZoo) -> None:
         assert (out.sequences >= 0).all() and (out.sequences < 311).all()
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_no_memory(zoo: ModelZoo) -> None:

@@ -134,7 +134,7 @@ def test_strengths_side_by_side(trio: tuple[Path, ...]) -> None:
         assert_same(alone, together[i : i + 1], f"strength {strength}")
 
 
-# ---- drafts -----------------------------------------------------------------------------------------------------------
+# ---- drafts ----------------------------------------------------------------------------------------------------------
 
 Drafter = Callable[[int, int, np.ndarray, int], list[int]]
 
@@ -277,7 +277,7 @@ def test_drafts_of_nonsense(zoo: ModelZoo) -> None:
         try:
             assert_same(run(model, np.arange(5), num_assistant_tokens=4), want, str(guess))
         except (ValueError, RuntimeError) as error:
-            assert "draft" in str(error)
+            assert "draft" in str(error)  # noqa: PT017 - either outcome is right
 
 
 def test_a_drafter_that_raises(zoo: ModelZoo) -> None:

@@ -17,7 +17,11 @@ from rast.loading.rope import inverse_frequencies
 from rast.loading.weights import expected_shapes
 
 FILE = Path("folder/config.json")
-BASIC: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], **SIZES}
+BASIC: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES}
+
+
+def named(architecture: str) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower()}
 
 
 def saved(model: Any) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def test_windows_are_those_of_transformers(architecture: str, options: dict[str,
             expected = [theirs.sliding_window or 0] * 2
         case _:
             expected = [theirs.sliding_window if kind == "sliding_attention" else 0 for kind in theirs.layer_types]
-    window = parse_config({"architectures": [architecture], **SIZES, **options}, FILE)[1]["window"]
+    window = parse_config({**named(architecture), **SIZES, **options}, FILE)[1]["window"]
     assert (window.tolist() if window is not None else [0, 0]) == expected
     saved_config = {**theirs.to_dict(), "architectures": [architecture]}
     window = parse_config(saved_config, FILE)[1]["window"]
@@ -114,8 +118,8 @@ def test_defaults_of_absent_fields() -> None:
     small = {key: value for key, value in BASIC.items() if key not in ("head_dim", "num_key_value_heads")}
     config = parse_config(small, FILE)[1]
     assert (config["head_dim"], config["n_kv_heads"], config["rms_norm_eps"]) == (8, 4, 1e-6)
-    assert parse_config({**small, "architectures": ["Qwen3ForCausalLM"]}, FILE)[1]["head_dim"] == 128
-    mistral = {**small, "architectures": ["MistralForCausalLM"], "num_attention_heads": 16}
+    assert parse_config({**small, **named("Qwen3ForCausalLM")}, FILE)[1]["head_dim"] == 128
+    mistral = {**small, **named("MistralForCausalLM"), "num_attention_heads": 16}
     assert parse_config(mistral, FILE)[1]["n_kv_heads"] == 8
     no_name = {**{key: value for key, value in BASIC.items() if key != "architectures"}, "model_type": "qwen2"}
     assert parse_config(no_name, FILE)[0] == "Qwen2ForCausalLM"
@@ -144,19 +148,21 @@ def test_defaults_of_absent_fields() -> None:
         ({"attention_bias": "yes"}, "attention_bias must be true or false"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list"),
+        ({"model_type": "gpt2"}, "model_type must be 'llama' for LlamaForCausalLM, found 'gpt2'"),
+        ({"model_type": None}, "model_type must be 'llama'"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a finite number above 0"),
         ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window"),
+        ({**named("MistralForCausalLM"), "sliding_window": 0}, "sliding_window"),
         (
-            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 2},
+            {**named("Qwen2ForCausalLM"), "layer_types": ["sliding_attention"] * 2},
             "no sliding window is in use",
         ),
-        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]}, "layer_types must be a list"),
+        ({**named("Qwen3ForCausalLM"), "layer_types": ["full_attention"]}, "layer_types must be a list"),
         (
-            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": -1},
+            {**named("Qwen2ForCausalLM"), "use_sliding_window": True, "max_window_layers": -1},
             "max_window_layers",
         ),
     ],
@@ -177,7 +183,7 @@ def test_bad_fields(change: dict[str, Any], message: str) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ({**named("Qwen2ForCausalLM"), "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     ],
 )
 def test_unsupported(change: dict[str, Any], message: str) -> None:

@@ -54,7 +54,7 @@ def test_tensors(architecture: str, stored: str, sharded: bool, tmp_path: Path) 
     assert (net.name, net.source, net.path, net.architecture) == ("expert", str(tmp_path), tmp_path, architecture)
     assert net.dtype == NAMES[stored]
     assert net.tokenizer is None
-    assert [warning for warning in net.warnings if "tokenizer.json" not in warning] == []
+    assert net.warnings == []
     state = model.state_dict()
     assert net.tensors.keys() == state.keys()
     for name, (array, dtype) in net.tensors.items():
@@ -92,7 +92,7 @@ def test_generation_config(folder: Path) -> None:
     edit_json(folder / "config.json", remove=("eos_token_id",), bos_token_id=None)
     assert load_net(folder).generation_config == {"eos_token_id": 2}  # what LlamaConfig assumes
     (folder / "generation_config.json").write_text("nonsense")
-    with pytest.raises(ValueError, match="generation_config.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: not valid JSON"):
         load_net(folder)
 
 
@@ -197,36 +197,53 @@ def test_truncated(folder: Path, length: float) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * length) if isinstance(length, float) else length])
-    with pytest.raises(ValueError, match="not a valid safetensors file") as caught:
+    with pytest.raises(ValueError, match=r"not a valid safetensors file|the file is empty") as caught:
         load_net(folder)
     assert str(caught.value).startswith(str(path))
 
 
-def test_corrupt_headers(folder: Path) -> None:
+@pytest.mark.parametrize("header", [b"", b"{", b"[]", b"3", b"{}\xff", b"[" * 10000, b"\xff" * 64])
+def test_header_that_is_no_object(folder: Path, header: bytes) -> None:
     path = folder / "model.safetensors"
-    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    for header in (
-        b"",
-        b"{",
-        b"[]",
-        b"{}\xff",
-        b'{"a": 1}',
-        {"a": {**tensor, "dtype": "F31"}},
-        {"a": {**tensor, "shape": [3]}},
-        {"a": {**tensor, "shape": [-2]}},
-        {"a": {**tensor, "shape": [2**62, 2**62]}},
-        {"a": {**tensor, "data_offsets": [8, 0]}},
-        {"a": {**tensor, "data_offsets": [4, 12]}},
-        {"a": {**tensor, "data_offsets": [0, 2**63]}},
-        {"a": tensor, "b": tensor},
-        {"a": tensor, "b": {**tensor, "data_offsets": [4, 12]}},
-    ):
-        write_safetensors(path, header, bytes(8))
-        with pytest.raises(ValueError, match="not a valid safetensors file"):
-            load_net(folder)
-    path.write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match="not a valid safetensors file"):
+    write_safetensors(path, header, bytes(8))
+    with pytest.raises(ValueError, match="not a valid safetensors file: the header is not"):
         load_net(folder)
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="the header ends beyond the file"):
+        load_net(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F31"}, "F31"),
+        ({"dtype": 5}, "is described by"),
+        ({"shape": 32}, "is described by"),
+        ({"shape": [-32]}, "is described by"),
+        ({"shape": [32.0]}, "is described by"),
+        ({"shape": [True]}, "is described by"),
+        ({"shape": [31]}, r"F32 \[31\], has 128 bytes"),
+        ({"shape": [2**62, 2**62]}, "has 128 bytes"),
+        ({"data_offsets": [0]}, "is described by"),
+        ({"data_offsets": None}, "is described by"),
+        ({"data_offsets": [128, 0]}, "lies at bytes 128 to 0"),
+        ({"data_offsets": [-4, 124]}, "lies at bytes -4 to 124"),
+        ({"data_offsets": [0, 2**63]}, "lies at bytes"),
+        ({"data_offsets": [0, 128]}, "invalid offset"),  # another tensor's place: the library's own words
+    ],
+)
+def test_damaged_header(folder: Path, change: dict[str, Any], message: str) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["model.norm.weight"].update(change)
+    write_safetensors(path, header, data[start:])
+    with pytest.raises((ValueError, NotImplementedError), match=message) as caught:
+        load_net(folder)
+    assert str(caught.value).startswith(str(path))
+    if message != "invalid offset":
+        assert "'model.norm.weight'" in str(caught.value)
 
 
 def test_random_damage(folder: Path) -> None:
@@ -235,7 +252,7 @@ def test_random_damage(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     header_end = 8 + int.from_bytes(data[:8], "little")
     rng = np.random.default_rng(0)
-    refused = 0
+    loaded = refused = 0
     for _ in range(200):
         broken = bytearray(data)
         for position in rng.integers(0, header_end, rng.integers(1, 4)):
@@ -244,8 +261,10 @@ def test_random_damage(folder: Path) -> None:
         try:
             load_net(folder)
         except (ValueError, NotImplementedError) as error:
-            assert str(folder) in str(error)
-            refused += 1
+            refused += str(folder) in str(error)
+        else:
+            loaded += 1
+    assert loaded + refused == 200
     assert refused > 150
 
 
@@ -260,7 +279,7 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="convert them to safetensors"):
         load_net(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_net(folder)
 
 
@@ -285,7 +304,7 @@ def test_bad_index(tmp_path: Path) -> None:
     fails(ValueError, f"tensor 'model.norm.weight' is not in shard '{other}'", {**good["weight_map"], name: other})
     fails(ValueError, "'model.norm.weight', shape", {k: v for k, v in good["weight_map"].items() if k != name})
     index.write_text("{")
-    with pytest.raises(ValueError, match="index.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"index\.json: not valid JSON"):
         load_net(tmp_path)
 
 

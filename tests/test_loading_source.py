@@ -58,5 +58,5 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_source(tmp_path / "model") == tmp_path / "model"
     assert resolve_source("~/model") == tmp_path / "model"
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(ValueError, match="expected a folder or a .gguf file"):
+    with pytest.raises(ValueError, match=r"expected a folder or a \.gguf file"):
         load_net("weights.bin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from oracle import (
     N_TEXT_TOKENS,
     ModelZoo,
@@ -348,7 +350,7 @@ def text_model(zoo: ModelZoo) -> tuple[Any, Any, Path]:
     return load_rast(folder), make_tokenizer(("<s>", "</s>")), folder
 
 
-def pieces_and_text(tokenizer: Any, ids: np.ndarray) -> list[bytes]:
+def token_bytes(tokenizer: Any, ids: np.ndarray) -> list[bytes]:
     """Each token's bytes: byte-level BPE maps bytes to printable characters one to one."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -366,7 +368,7 @@ def test_stop_strings(text_model: tuple[Any, Any, Path]) -> None:
     model, tokenizer, _ = text_model
     prompt = np.array(tokenizer.encode("the quick").ids)
     free = model.generate(prompt, max_new_tokens=60, do_sample=True, temperature=1.3, seed=1)[0, len(prompt) :]
-    pieces = pieces_and_text(tokenizer, free)
+    pieces, before_all = token_bytes(tokenizer, free), b"the quick"
     n = 0
     for at in range(3, 40):
         whole = b"".join(pieces[at : at + 3])[1:-1] if at % 2 else pieces[at]
@@ -377,11 +379,9 @@ def test_stop_strings(text_model: tuple[Any, Any, Path]) -> None:
         if not stop:
             continue
         n += 1
-        so_far, length = b"", 0
-        for length, piece in enumerate(pieces, 1):
-            so_far += piece
-            if stop.encode() in so_far:
-                break
+        string = stop.encode()
+        before = before_all[len(before_all) - len(string) + 1 :]  # a stop string may begin in the prompt
+        length = next(n for n in range(1, 61) if string in before + b"".join(pieces[:n]))
         for form in (stop, [stop], [stop, "never in the text"]):
             out = details(model, prompt, max_new_tokens=60, do_sample=True, temperature=1.3, seed=1, stop_strings=form)
             np.testing.assert_array_equal(out.sequences[0, len(prompt) :], free[:length], err_msg=repr(stop))
@@ -389,6 +389,23 @@ def test_stop_strings(text_model: tuple[Any, Any, Path]) -> None:
     assert n >= 5
 
 
+def test_stop_strings_are_huggingface_s(text_model: tuple[Any, Any, Path]) -> None:
+    """Against transformers' own criterion, among them one that begins in the prompt."""
+    model, tokenizer, folder = text_model
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    prompt = np.array(tokenizer.encode("the quick").ids)
+    options: dict[str, Any] = dict(max_new_tokens=40, do_sample=False, repetition_penalty=1.3)
+    text = tokenizer.decode(hf_generate(folder, prompt, **options)[0, len(prompt) :].tolist())
+    ascii_runs = [run for run in re.findall(r"[ -~]{2,}", text) if len(run) >= 2]
+    stops = [run[:2] for run in ascii_runs] + [run[-1:] for run in ascii_runs]
+    if text[0].isascii():
+        stops.append("ick" + text[0])
+    assert len(stops) >= 4
+    for stop in stops:
+        want = hf_generate(folder, prompt, stop_strings=[stop], tokenizer=wrapped, **options).numpy()
+        np.testing.assert_array_equal(model.generate(prompt, stop_strings=[stop], **options), want, err_msg=repr(stop))
+
+
 def test_stop_strings_without_a_tokenizer(model: Any) -> None:
-    with pytest.raises(ValueError, match="stop_strings|tokenizer"):
+    with pytest.raises(ValueError, match=r"stop_strings|tokenizer"):
         model.generate(PROMPTS, max_new_tokens=3, stop_strings="x")

@@ -167,7 +167,7 @@ JUNK = st.one_of(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @bounded(250)
 @given(
-    name=st.sampled_from(sorted(OPTIONS.optional) + ["max_length", "min_length", "stop_strings", "max_time"]),
+    name=st.sampled_from([*sorted(OPTIONS.optional), "max_length", "min_length", "stop_strings", "max_time"]),
     value=JUNK,
 )
 def test_junk_options(models: list[Any], name: str, value: Any) -> None:
@@ -175,7 +175,7 @@ def test_junk_options(models: list[Any], name: str, value: Any) -> None:
     try:
         out = models[0].generate(np.array([[1, 2, 3]]), **({"do_sample": True, "max_length": 6} | {name: value}))
     except (TypeError, ValueError, OverflowError) as error:
-        assert name in str(error) or "context" in str(error) or "max_context" in str(error)
+        assert name in str(error) or "context" in str(error)  # noqa: PT017 - either outcome is right
     except MemoryError:
         assert name == "num_return_sequences"
     else:

@@ -85,7 +85,7 @@ def test_an_added_token_differs() -> None:
 def test_an_added_token_in_place_of_an_ordinary_one() -> None:
     other = net("expert", words=["one", "two"], special=["<|new|>", "<|eos|>", "<|pad|>"])
     result = reconcile(net(), [(other, "expert")])
-    assert uncommon(result) == [[], [261, 262, 263][:1]]
+    assert uncommon(result) == [[], [261]]
 
 
 def test_tokens_that_only_one_has() -> None:
@@ -119,8 +119,8 @@ def test_without_tokenizers() -> None:
     assert reconcile(net(), bare).warnings == []
     only_expert = reconcile(net(tokenizer=False, rows=270), [(net("expert"), "expert")])
     assert (only_expert.n_valid, only_expert.warnings) == (264, [])
+    pair = [(net("expert"), "expert"), (net("antiexpert", words=["eins", "zwei", "drei"]), "antiexpert")]
     with pytest.raises(ValueError, match="id 259 is 'one' in expert and 'eins' in antiexpert"):
-        pair = [(net("expert"), "expert"), (net("antiexpert", words=["eins", "zwei", "drei"]), "antiexpert")]
         reconcile(net(tokenizer=False), pair)
 
 
@@ -156,7 +156,13 @@ def test_pad() -> None:
 
 @pytest.mark.parametrize(
     "generation",
-    [{"eos_token_id": "2"}, {"eos_token_id": [2, None]}, {"eos_token_id": -1}, {"pad_token_id": 1.5}],
+    [
+        {"eos_token_id": "2"},
+        {"eos_token_id": True},
+        {"eos_token_id": [2, None]},
+        {"eos_token_id": -1},
+        {"pad_token_id": 1.5},
+    ],
 )
 def test_bad_ids(generation: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^folder/base: (eos|pad)_token_id must be a token id"):
@@ -174,3 +180,8 @@ def test_context() -> None:
 def test_bad_role() -> None:
     with pytest.raises(ValueError, match="the role of expert must be 'expert' or 'antiexpert', found 'amateur'"):
         reconcile(net(), [(net("expert"), "amateur")])
+
+
+def test_eos_beyond_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match=r"^folder/expert: eos_token_id 272 is not below vocab_size \(272\)"):
+        reconcile(net(), [(net("expert", eos_token_id=[1, 272]), "expert")])

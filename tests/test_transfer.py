@@ -114,7 +114,7 @@ def test_expert_without_antiexpert(zoo: ModelZoo) -> None:
 
 
 def test_one_folder_in_two_roles_is_loaded_once(zoo: ModelZoo) -> None:
-    """ThinkLogit-like use, base in the pair: (1 - strength) * base + strength * expert, exactly one copy of the base."""
+    """The base as antiexpert: (1 - strength) * base + strength * expert, from two models."""
     base, expert, _ = zoo.trio()
     (ids,) = random_prompts(1, 311, low=11, high=11)
     model = load_rast(base, expert, base, transfer_strength=0.25)
@@ -192,7 +192,6 @@ def test_differently_padded_vocabularies(zoo: ModelZoo, vocab: int, pair_vocab: 
 def test_prompt_id_without_a_row_names_the_model(zoo: ModelZoo) -> None:
     base = zoo.folder("qwen2", vocab_size=320)
     expert = zoo.folder("qwen2-tied", seed=1, vocab_size=304)
-    model = load_rast(base, expert, expert)
     model = load_rast(base, expert, zoo.folder("qwen2-tied", seed=2, vocab_size=304))
     with pytest.raises(ValueError, match=r"310.*expert|expert.*310"):
         model.generate(np.array([1, 310]), max_new_tokens=1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .gguf import dequantized_chunks
 from .gguf_file import read_gguf
 from .net import Progress
-from .safetensors import read_folder
+from .safetensors import check_format, read_folder
 from .source import resolve_source
 from .weights import STORED, Entry
 
@@ -55,6 +55,8 @@ def scan(
     )
     folder = path.is_dir()
     entries = read_folder(path)[1] if folder else read_gguf(path).entries
+    if folder:
+        check_format(sorted({entry.file for entry in entries.values()}))
     total = sum(entry.buffer.size for entry in entries.values())
     done = 0
     findings = []

@@ -121,6 +121,10 @@ def _architecture(fields: Fields) -> str:
         raise fields.error("architectures", "a list of names", names)
     for name in names:
         if name in ARCHITECTURES:
+            if fields.get("model_type") != ARCHITECTURES[name].model_type:
+                raise fields.error(
+                    "model_type", f"{ARCHITECTURES[name].model_type!r} for {name}", fields.get("model_type")
+                )
             return str(name)
     found = ", ".join(names) or f"model_type {fields.get('model_type')!r}"
     raise NotImplementedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -25,7 +26,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def map_file(path: Path) -> Bytes:
-    """The bytes of `path`, memory-mapped read-only. The map lives as long as any view of it."""
+    """The bytes of `path`, memory-mapped read-only. The map lives as long as any view of it.
+
+    ValueError for an empty file; MemoryError when the address space does not hold it.
+    """
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: the file is empty")
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    try:
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"{path}: no memory to map the file") from error

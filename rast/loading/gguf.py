@@ -153,6 +153,7 @@ def _config(file: GgufFile) -> tuple[str, NetConfig]:
     architecture = _ARCHITECTURES[kind]
     data = {
         "architectures": [architecture],
+        "model_type": kind,
         "num_hidden_layers": n_layers,
         "hidden_size": hidden_size,
         "num_attention_heads": n_heads,

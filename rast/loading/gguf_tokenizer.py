@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ _SPLITS: Mapping[str, _Split] = {
     "gpt-2": _Split(),
     "smollm": _Split(single_digits=True),
     "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "deepseek-r1-qwen": replace(_QWEN2, nfc=False),
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,

@@ -13,7 +13,7 @@ from .files import read_json
 from .gguf import gguf_net, gguf_token_ids
 from .gguf_file import read_gguf
 from .gguf_tokenizer import gguf_tokenizer
-from .safetensors import read_folder
+from .safetensors import check_format, read_folder
 from .source import resolve_source
 from .tokenizer import Tokenizer
 from .weights import DTYPES, Tensor, collect, matrix_dtype
@@ -101,15 +101,14 @@ def _load_folder(folder: Path, dtype: str) -> LoadedNet:
     architecture, config = parse_config(data, config_path)
     weights_path, entries = read_folder(folder)
     tensors, warnings = collect(entries, config, weights_path)
-    tokenizer, tokenizer_warnings = Tokenizer.from_folder(folder)
+    shards = {entry.file for entry in entries.values()}
+    check_format(sorted(shards))
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     for key, id in token_ids(data, architecture).items():
         if generation.get(key) is None:
             generation[key] = id
-    used = {config_path, weights_path, folder / "tokenizer.json", generation_path} | {
-        entry.file for entry in entries.values()
-    }
+    used = {config_path, weights_path, folder / "tokenizer.json", generation_path} | shards
     return LoadedNet(
         name="",
         source="",
@@ -118,9 +117,9 @@ def _load_folder(folder: Path, dtype: str) -> LoadedNet:
         config=config,
         tensors=tensors,
         dtype=matrix_dtype(tensors) if dtype == "auto" else dtype,
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer.from_folder(folder),
         generation_config=generation,
-        warnings=warnings + tokenizer_warnings,
+        warnings=warnings,
         files=tuple(sorted({path.resolve() for path in used})),
     )
 

@@ -134,7 +134,8 @@ def _net_eos(net: LoadedNet) -> list[int]:
         return [] if id is None else [id]
     ids = value if isinstance(value, list) else [value]
     for id in ids:
-        _check_id(net, "eos_token_id", id)
+        if _check_id(net, "eos_token_id", id) >= net.config["vocab_size"]:
+            raise ValueError(f"{net.path}: eos_token_id {id} is not below vocab_size ({net.config['vocab_size']})")
     return ids
 
 

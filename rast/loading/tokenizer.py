@@ -52,13 +52,13 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> tuple[Tokenizer | None, list[str]]:
-        """(tokenizer, warnings) from tokenizer.json and tokenizer_config.json; None without a tokenizer.json."""
+    def from_folder(cls, folder: Path) -> Tokenizer | None:
+        """From tokenizer.json and tokenizer_config.json; None without a tokenizer.json. ValueError if corrupt."""
         import tokenizers
 
         path = folder / "tokenizer.json"
         if not path.exists():
-            return None, [f"{folder}: no tokenizer.json; this model has token ids only"]
+            return None
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -67,7 +67,7 @@ class Tokenizer:
         settings = read_json(settings_path) if settings_path.exists() else {}
         special = {key: _token_text(value) for key, value in settings.items() if key.endswith("_token")}
         texts = {key: text for key, text in special.items() if text is not None}
-        return cls(backend, special_tokens=texts, chat_template=_chat_template(folder, settings)), []
+        return cls(backend, special_tokens=texts, chat_template=_chat_template(folder, settings))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, int32 [n]. Special tokens written in the text are recognised; `add_special_tokens` adds those

@@ -43,7 +43,7 @@ class Entry:
     def array(self) -> NDArray[Any]:
         """The tensor, in place (in a copy where it is not aligned); for the dtypes in STORED."""
         array = self.buffer.view(STORED[self.dtype][0]).reshape(self.shape)
-        return array if array.flags.aligned else array.copy()
+        return array if self.aligned else array.copy()
 
     @property
     def aligned(self) -> bool:

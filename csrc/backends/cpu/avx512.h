@@ -1,0 +1,16 @@
+/* avx512.h: the vector operations that both AVX-512 files give to kernels.inc. */
+#include <immintrin.h>
+#include <stdint.h>
+
+#define LANES 16
+#define TILE_W 4
+#define TILE_X 4
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+static inline vf v_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline vf v_load_f16(const void *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline void v_store_f16(void *p, vf v) {
+    _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}

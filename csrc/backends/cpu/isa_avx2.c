@@ -1,0 +1,25 @@
+/* isa_avx2.c: the kernels for AVX2 with FMA and F16C. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <stdint.h>
+
+#define ISA_NAME "avx2"
+#define LANES 8
+#define TILE_W 4
+#define TILE_X 2
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+static inline vf v_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vf v_load_f16(const void *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline void v_store_f16(void *p, vf v) {
+    _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#include "kernels.inc"
+
+const cpu_kernels cpu_kernels_avx2 = KERNELS;
+#else
+typedef int isa_avx2_is_for_x86_64;
+#endif

@@ -1,0 +1,40 @@
+/* isa_avx512bf16.c: the kernels for AVX-512 with products of bf16 pairs. */
+#if defined(__x86_64__)
+#define ISA_NAME "avx512bf16"
+#define DOT_BF16_NATIVE
+#include <stddef.h>
+
+#include "avx512.h"
+
+static inline __attribute__((always_inline)) void dot_tile_bf16(const char *w, size_t w_stride, int nw, const char *x,
+                                                                size_t x_stride, int nx, size_t k, float *y,
+                                                                size_t y_stride);
+
+#include "kernels.inc"
+
+/* As dot_tile, 32 pairs a vector; one accumulator a result. */
+static inline __attribute__((always_inline)) void dot_tile_bf16(const char *w, size_t w_stride, int nw, const char *x,
+                                                                size_t x_stride, int nx, size_t k, float *y,
+                                                                size_t y_stride) {
+    __m512 acc[TILE_W][TILE_X];
+    __m512i xv[TILE_X];
+    for (int i = 0; i < nw; i++)
+        for (int j = 0; j < nx; j++) acc[i][j] = _mm512_setzero_ps();
+    for (size_t at = 0; at < k; at += 32) {
+        const __mmask32 live = k - at < 32 ? ((__mmask32)1 << (k - at)) - 1 : ~(__mmask32)0;
+        for (int j = 0; j < nx; j++) xv[j] = _mm512_maskz_loadu_epi16(live, x + (size_t)j * x_stride + at * 2);
+        for (int i = 0; i < nw; i++) {
+            const char *p = w + (size_t)i * w_stride + at * 2;
+            _mm_prefetch(p + PREFETCH, _MM_HINT_T0);
+            const __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(live, p);
+            for (int j = 0; j < nx; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], wv, (__m512bh)xv[j]);
+        }
+    }
+    for (int i = 0; i < nw; i++)
+        for (int j = 0; j < nx; j++) y[(size_t)j * y_stride + (size_t)i] = v_sum((vf)acc[i][j]);
+}
+
+const cpu_kernels cpu_kernels_avx512bf16 = KERNELS;
+#else
+typedef int isa_avx512bf16_is_for_x86_64;
+#endif

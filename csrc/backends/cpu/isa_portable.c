@@ -1,0 +1,61 @@
+/* isa_portable.c: the kernels for any machine. */
+#include <stdint.h>
+#include <string.h>
+
+#define ISA_NAME "portable"
+#define LANES 4
+#define TILE_W 4
+#define TILE_X 2
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+
+static inline float half_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    f *= 0x1p112f; /* the exponent's new bias; subnormals too */
+    memcpy(&bits, &f, sizeof f);
+    if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+    bits |= (uint32_t)(h & 0x8000) << 16;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static inline uint16_t float_to_half(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x47800000) return (uint16_t)(sign | 0x7c00); /* 65536 and more */
+    if (bits < 0x38800000) {                                  /* subnormal: the sum's last bit is worth 2^-24 */
+        float magnitude;
+        memcpy(&magnitude, &bits, sizeof magnitude);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    bits += 0xfff + (bits >> 13 & 1) - ((127u - 15u) << 23);
+    return (uint16_t)(sign | bits >> 13);
+}
+
+static inline vf v_load_f16(const void *p) {
+    uint16_t h[LANES];
+    vf v;
+    memcpy(h, p, sizeof h);
+    for (int i = 0; i < LANES; i++) v[i] = half_to_float(h[i]);
+    return v;
+}
+
+static inline void v_store_f16(void *p, vf v) {
+    uint16_t h[LANES];
+    for (int i = 0; i < LANES; i++) h[i] = float_to_half(v[i]);
+    memcpy(p, h, sizeof h);
+}
+
+#include "kernels.inc"
+
+const cpu_kernels cpu_kernels_portable = KERNELS;

@@ -1,0 +1,213 @@
+/* ops.c: the ops but attention: each a task over rows, or over blocks of weight rows. */
+#include "ops.h"
+
+#include <string.h>
+
+enum {
+    COPY_UNIT = 1 << 20,   /* bytes */
+    MATMUL_UNIT = 1 << 16, /* bytes of weights that one unit reads, to stay in L2 for all rows */
+    MATMUL_ROWS = 64,      /* most weight rows of a unit */
+    MAX_JOBS = 4,
+};
+
+typedef struct {
+    const cpu_kernels *k;
+    rast_pass pass;
+    const rast_weight *const *w;
+    rast_dev x, add, y;
+    int32_t extent, dim, group, type;
+    float eps;
+} row_args; /* of ops that take rows one by one; a unit is a row of a model */
+
+static int32_t n_of(const rast_pass *pass, int extent) { return cpu_ints(pass->count)[extent]; }
+static size_t cap_of(const rast_pass *pass, int extent) {
+    return (size_t)(extent == RAST_OF_ROWS ? pass->cap_rows : pass->cap_out);
+}
+
+/* Unit → model and row; returns the row's index in [n_models, cap]. */
+static size_t row_of(const row_args *a, size_t unit, size_t *model, size_t *row) {
+    const size_t n = (size_t)n_of(&a->pass, a->extent);
+    *model = unit / n;
+    *row = unit % n;
+    return *model * cap_of(&a->pass, a->extent) + *row;
+}
+
+static void record_rows(rast_queue *q, cpu_task_fn fn, row_args *a) {
+    a->k = cpu_queue_kernels(q);
+    cpu_record(q, fn, (size_t)n_of(&a->pass, a->extent) * (size_t)a->pass.n_models, a, sizeof *a, 0);
+}
+
+/* ---- copies -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint8_t *dst;
+    const uint8_t *src;
+    size_t bytes;
+} copy_args;
+
+static void copy_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const copy_args *a = args;
+    const size_t at = unit * COPY_UNIT, left = a->bytes - at;
+    (void)worker;
+    memcpy(a->dst + at, a->src + at, left < COPY_UNIT ? left : COPY_UNIT);
+}
+
+void cpu_copy(rast_queue *q, rast_dev dst, rast_dev src, size_t bytes, int kind) {
+    const copy_args a = {cpu_ptr(dst), cpu_ptr(src), bytes};
+    (void)kind; /* one memory */
+    cpu_record(q, copy_unit, (bytes + COPY_UNIT - 1) / COPY_UNIT, &a, sizeof a, 0);
+}
+
+typedef struct {
+    const rast_dev *base;
+    size_t block_stride, n;
+    const int32_t *pairs;
+} copy_blocks_args;
+
+static void copy_blocks_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const copy_blocks_args *a = args;
+    uint8_t *base = cpu_ptr(a->base[unit / a->n]);
+    const int32_t *pair = a->pairs + unit % a->n * 2;
+    (void)worker;
+    memcpy(base + (size_t)pair[1] * a->block_stride, base + (size_t)pair[0] * a->block_stride, a->block_stride);
+}
+
+void cpu_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, size_t block_stride, rast_dev pairs,
+                     int32_t n) {
+    const copy_blocks_args a = {base, block_stride, (size_t)n, cpu_ints(pairs)};
+    cpu_record(q, copy_blocks_unit, (size_t)n_models * (size_t)n, &a, sizeof a, 0);
+}
+
+/* ---- rows ---------------------------------------------------------------------------------------------------------- */
+
+static void embed_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const row_args *a = args;
+    size_t m, r;
+    const size_t at = row_of(a, unit, &m, &r);
+    const rast_weight *w = a->w[m];
+    int32_t token = cpu_ints(a->pass.token)[r];
+    (void)worker;
+    if (token < 0) token = cpu_ints(a->pass.drawn)[-1 - token];
+    a->k->load((const char *)cpu_ptr(w->data) + (size_t)token * w->stride, (float *)cpu_ptr(a->y) + at * (size_t)w->in,
+               (size_t)w->in, w->type);
+}
+
+void cpu_embed(rast_queue *q, const rast_pass *pass, const rast_weight *const *w, rast_dev y) {
+    row_args a = {.pass = *pass, .w = w, .y = y};
+    record_rows(q, embed_unit, &a);
+}
+
+static void norm_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const row_args *a = args;
+    size_t m, r;
+    const size_t at = row_of(a, unit, &m, &r) * (size_t)a->dim, group = (size_t)a->group;
+    float *x = (float *)cpu_ptr(a->x) + at;
+    const float *add = a->add ? (const float *)cpu_ptr(a->add) + at : NULL;
+    char *y = (char *)cpu_ptr(a->y) + at * cpu_type_bytes(a->type);
+    (void)worker;
+    for (size_t g = 0; g < (size_t)a->dim; g += group)
+        a->k->norm(x + g, add ? add + g : NULL, cpu_ptr(a->w[m]->data), a->w[m]->type, group, a->eps,
+                   y + g * cpu_type_bytes(a->type), a->type);
+}
+
+void cpu_norm(rast_queue *q, const rast_pass *pass, int extent, rast_dev x, rast_dev add, const rast_weight *const *w,
+              int32_t dim, int32_t group, float eps, rast_dev y, int32_t y_type) {
+    row_args a = {.pass = *pass,
+                  .w = w,
+                  .x = x,
+                  .add = add,
+                  .y = y,
+                  .extent = extent,
+                  .dim = dim,
+                  .group = group,
+                  .type = y_type,
+                  .eps = eps};
+    record_rows(q, norm_unit, &a);
+}
+
+static void glu_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const row_args *a = args;
+    size_t m, r;
+    const size_t at = row_of(a, unit, &m, &r) * (size_t)a->dim;
+    const int32_t type = a->pass.act_type;
+    (void)worker;
+    a->k->glu((const float *)cpu_ptr(a->x) + at, (const float *)cpu_ptr(a->add) + at, (size_t)a->dim,
+              (char *)cpu_ptr(a->y) + at * cpu_type_bytes(type), type);
+}
+
+void cpu_glu(rast_queue *q, const rast_pass *pass, rast_dev gate, rast_dev up, int32_t dim, rast_dev y) {
+    row_args a = {.pass = *pass, .x = gate, .add = up, .dim = dim, .y = y};
+    record_rows(q, glu_unit, &a);
+}
+
+static void gather_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const row_args *a = args;
+    size_t m, o;
+    const size_t dim = (size_t)a->dim, to = row_of(a, unit, &m, &o) * dim;
+    const int32_t row = cpu_ints(a->pass.out_row)[o];
+    float *y = (float *)cpu_ptr(a->y) + to;
+    (void)worker;
+    if (row < 0) {
+        memset(y, 0, dim * sizeof *y);
+        return;
+    }
+    const size_t from = (m * (size_t)a->pass.cap_rows + (size_t)row) * dim;
+    const float *x = (const float *)cpu_ptr(a->x) + from, *add = (const float *)cpu_ptr(a->add) + from;
+    for (size_t i = 0; i < dim; i++) y[i] = x[i] + add[i];
+}
+
+void cpu_gather(rast_queue *q, const rast_pass *pass, rast_dev x, rast_dev add, int32_t dim, rast_dev y) {
+    row_args a = {.pass = *pass, .x = x, .add = add, .y = y, .dim = dim, .extent = RAST_OF_OUTS};
+    record_rows(q, gather_unit, &a);
+}
+
+/* ---- matrix products ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const cpu_kernels *k;
+    rast_pass pass;
+    rast_mm jobs[MAX_JOBS];
+    size_t rows[MAX_JOBS];      /* weight rows of a unit */
+    size_t units[MAX_JOBS + 1]; /* [n_jobs + 1] first unit of each job, all models */
+} matmul_args;
+
+static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const matmul_args *a = args;
+    size_t j = 0;
+    (void)worker;
+    while (unit >= a->units[j + 1]) j++;
+    const rast_mm *job = &a->jobs[j];
+    const size_t n_models = (size_t)a->pass.n_models, per_model = (a->units[j + 1] - a->units[j]) / n_models;
+    const size_t m = (unit - a->units[j]) / per_model, first = (unit - a->units[j]) % per_model * a->rows[j];
+    const rast_weight *w = job->w[m];
+    const size_t n_out = (size_t)w->out, n_in = (size_t)w->in, cap = (size_t)a->pass.cap_rows;
+    const size_t n = n_out - first < a->rows[j] ? n_out - first : a->rows[j];
+    const size_t n_rows = (size_t)n_of(&a->pass, RAST_OF_ROWS), x_stride = n_in * cpu_type_bytes(a->pass.act_type);
+    float *y = (float *)cpu_ptr(job->y) + m * cap * n_out + first;
+    a->k->dot[w->type][a->pass.act_type]((const char *)cpu_ptr(w->data) + first * w->stride, w->stride, n,
+                                         (const char *)cpu_ptr(job->x) + m * cap * x_stride, x_stride, n_rows, n_in, y,
+                                         n_out);
+    if (!job->bias) return;
+    float bias[MATMUL_ROWS];
+    const rast_weight *b = job->bias[m];
+    a->k->load((const char *)cpu_ptr(b->data) + first * cpu_type_bytes(b->type), bias, n, b->type);
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t i = 0; i < n; i++) y[r * n_out + i] += bias[i];
+}
+
+void cpu_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32_t n) {
+    for (; n > 0; jobs += MAX_JOBS, n -= MAX_JOBS) {
+        matmul_args a = {.k = cpu_queue_kernels(q), .pass = *pass};
+        const int32_t n_jobs = n < MAX_JOBS ? n : MAX_JOBS;
+        for (int32_t j = 0; j < n_jobs; j++) {
+            const rast_weight *w = jobs[j].w[0];
+            size_t rows = MATMUL_UNIT / w->stride / 4 * 4;
+            if (rows < 4) rows = 4;
+            if (rows > MATMUL_ROWS) rows = MATMUL_ROWS;
+            a.jobs[j] = jobs[j];
+            a.rows[j] = rows;
+            a.units[j + 1] = a.units[j] + (size_t)pass->n_models * (((size_t)w->out + rows - 1) / rows);
+        }
+        cpu_record(q, matmul_unit, a.units[n_jobs], &a, sizeof a, 0);
+    }
+}
