@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,7 +30,8 @@ QUESTIONS = (
     "What is the capital of France, and what is it known for?",
 )
 NEW_TOKENS = 64
-NOISE = 0.1
+NOISE = 0.05
+STRENGTH = 1.0
 
 
 def find_model() -> Path:
@@ -57,15 +62,22 @@ def perturbed_copy(original: Path) -> Path:
     return copy
 
 
-def answer(model: rast.RastForCausalLM, question: str) -> tuple[str, float]:
-    """The greedy answer and its tokens per second, prompt included."""
+def answer(model: rast.RastForCausalLM, question: str, **options: Any) -> tuple[str, int, float]:
+    """The greedy answer, its number of tokens and the seconds it took."""
     assert model.tokenizer is not None
     text = model.tokenizer.apply_chat_template([{"role": "user", "content": question}])
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     begin = time.perf_counter()
-    out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    out = model.generate(ids, do_sample=False, **options)
     new = out[0, len(ids) :]
-    return model.tokenizer.decode(new).strip(), len(new) / (time.perf_counter() - begin)
+    return model.tokenizer.decode(new).strip(), len(new), time.perf_counter() - begin
+
+
+def speed(model: rast.RastForCausalLM) -> float:
+    """Tokens per second after the prompt."""
+    _, _, prompt = answer(model, QUESTIONS[0], max_new_tokens=1)
+    _, n, total = answer(model, QUESTIONS[0], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    return (n - 1) / (total - prompt)
 
 
 def main() -> None:
@@ -74,15 +86,31 @@ def main() -> None:
     with console.status("Loading SmolLM2 and making the perturbed copy"):
         copy = perturbed_copy(base)
         alone = rast.RastForCausalLM.from_pretrained(base)
-        transfer = rast.RastForCausalLM.from_pretrained(base, expert=base, antiexpert=copy)
-    console.print(transfer)
+        transfer = rast.RastForCausalLM.from_pretrained(base, expert=base, antiexpert=copy, transfer_strength=STRENGTH)
+    console.print(transfer, soft_wrap=True)
     for question in QUESTIONS:
-        table = Table("base alone", "base + (expert - antiexpert)", title=question, width=100)
-        answers = [answer(model, question) for model in (alone, transfer)]
-        table.add_row(*(Text(text) for text, _ in answers))
-        table.add_section()
-        table.add_row(*(f"{speed:.0f} tokens/s" for _, speed in answers))
+        table = Table(title=question, title_justify="left", expand=True)
+        table.add_column("base alone", ratio=1)
+        table.add_column(f"base + {STRENGTH} * (expert - antiexpert)", ratio=1)
+        answers = [answer(model, question, max_new_tokens=NEW_TOKENS)[0] for model in (alone, transfer)]
+        table.add_row(*map(Text, answers))
         console.print(table)
+    console.print(f"{speed(alone):.0f} tokens/s alone, {speed(transfer):.0f} tokens/s with the pair\n")
+
+    command = [
+        "rast",
+        "generate",
+        str(base),
+        "--expert",
+        str(base),
+        "--antiexpert",
+        str(copy),
+        "--strength",
+        str(STRENGTH),
+    ]
+    command += ["--chat", "--prompt", QUESTIONS[0], "--max-new-tokens", str(NEW_TOKENS), "--no-do-sample"]
+    console.print("The same from the shell:", Text(shlex.join(command)), soft_wrap=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
 
 
 if __name__ == "__main__":

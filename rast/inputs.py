@@ -72,6 +72,8 @@ def _rows(value: Any, name: str) -> list[NDArray[Any]]:
             raise ValueError(f"{name} must be a list of 1-D rows, an array [batch, length] or one row [length]")
         return rows
     array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"{name} must hold integers, not {type(value).__name__} {value!r:.80}")
     if array.ndim not in (1, 2):
         raise ValueError(
             f"{name} must be an array [batch, length], one row [length] or a list of rows, not {array.ndim}-D"

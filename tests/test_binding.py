@@ -272,23 +272,23 @@ def test_drafts_change_nothing(engine: _core.Engine) -> None:
     [
         ({"top_pp": 1.0}, TypeError, "unknown key 'top_pp'"),
         ({7: 1.0}, TypeError, "unknown key 7"),
-        ({"ids": np.array([], np.int32)}, ValueError, ""),
-        ({"ids": np.array([1, VOCAB], np.int32)}, ValueError, str(VOCAB)),
-        ({"ids": np.array([-1], np.int32)}, ValueError, "-1"),
+        ({"ids": np.array([], np.int32)}, ValueError, "the prompt is empty"),
+        ({"ids": np.array([1, VOCAB], np.int32)}, ValueError, "id 61 at position 1"),
+        ({"ids": np.array([-1], np.int32)}, ValueError, "id -1 at position 0"),
         ({"ids": np.array([1, 2])}, TypeError, "ids must have dtype int32, not int64"),
         ({"ids": np.array([1, 2], ">i4")}, TypeError, "ids must have dtype int32"),
         ({"ids": np.array([[1, 2]], np.int32)}, ValueError, "ids must have 1 dimension, not 2"),
         ({"ids": [1, 2]}, TypeError, "ids must be a 1-D int32 array, not list"),
         ({"coef": np.ones(3)}, TypeError, "coef must have dtype float32"),
-        ({"coef": np.ones(2, np.float32)}, ValueError, ""),
-        ({"max_new": -1}, ValueError, ""),
+        ({"coef": np.ones(2, np.float32)}, ValueError, "2 coefficients for 3 nets"),
+        ({"max_new": -1}, ValueError, "max_new = -1"),
         ({"max_new": 2**31}, ValueError, "max_new = 2147483648 is out of range"),
         ({"max_new": 1.0}, TypeError, "max_new must be an integer, not float"),
         ({"max_new": "1"}, TypeError, "max_new must be an integer, not str"),
         ({"seed": -1}, ValueError, "seed = -1 is out of range"),
         ({"seed": 2**64}, ValueError, "seed = 18446744073709551616 is out of range"),
         ({"n_samples": 2**32}, ValueError, "n_samples"),
-        ({"n_samples": 0}, ValueError, ""),
+        ({"n_samples": 0}, ValueError, "n_samples = 0"),
         ({"do_sample": 1}, TypeError, "do_sample must be a bool, not int"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, not str"),
         ({"temperature": 1e300}, ValueError, "temperature = 1e.300 is out of range"),
@@ -303,20 +303,19 @@ def test_drafts_change_nothing(engine: _core.Engine) -> None:
         ({"max_time": -1.0}, ValueError, "max_time"),
         ({"bad_words": 3}, TypeError, "bad_words must be a sequence, not int"),
         ({"bad_words": [[1]]}, TypeError, "bad_words must be a 1-D int32 array, not list"),
-        ({"bad_words": [np.array([], np.int32)]}, ValueError, ""),
-        ({"bad_words": [np.array([VOCAB], np.int32)]}, ValueError, ""),
-        ({"suppress": np.array([VOCAB], np.int32)}, ValueError, ""),
-        ({"eos": np.array([-5], np.int32)}, ValueError, ""),
+        ({"bad_words": [np.array([], np.int32)]}, ValueError, "bad word 0 is empty"),
+        ({"bad_words": [np.array([VOCAB], np.int32)]}, ValueError, "bad_words: token id 61"),
+        ({"suppress": np.array([VOCAB], np.int32)}, ValueError, "suppress: token id 61"),
+        ({"eos": np.array([-5], np.int32)}, ValueError, "eos: token id -5"),
         ({"stop_strings": ["text"]}, TypeError, "stop_strings must hold bytes, not str"),
-        ({"stop_strings": [b"text"]}, ValueError, ""),  # the model has no pieces
+        ({"stop_strings": [b"text"]}, ValueError, "stop strings need"),  # the model has no pieces
         ({"want": _core.WANT_PROMPT, "prompt_from": 5}, ValueError, "prompt_from"),
     ],
 )
 def test_bad_request(engine: _core.Engine, changes: Any, error: type[Exception], message: str) -> None:
     good = tokens(engine)
-    with pytest.raises(error, match=message) as caught:
-        engine.run([make_request(), make_request(**changes)])
-    assert str(caught.value)
+    with pytest.raises(error, match=message):
+        engine.run([make_request(), make_request() | changes])
     assert not engine.busy
     assert tokens(engine) == good
 
@@ -363,15 +362,15 @@ BAD_NETS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda net: net | {"name": "a\0b"}, ValueError, "NUL"),
     (lambda net: net | {"dtype": "int8"}, ValueError, "'int8' is not one of float32, bfloat16, float16"),
     (lambda net: net | {"uncommon": np.zeros(2, np.int64)}, TypeError, "uncommon must have dtype int32"),
-    (lambda net: net | {"uncommon": np.array([VOCAB], np.int32)}, ValueError, ""),
+    (lambda net: net | {"uncommon": np.array([VOCAB], np.int32)}, ValueError, "uncommon id 61"),
     (lambda net: net | {"tensors": 3}, TypeError, "tensors must be a mapping"),
     (lambda net: net | {"config": make_config(n_layer=1)}, TypeError, r"nets\[1\] config: unknown key 'n_layer'"),
     (lambda net: net | {"config": {"n_layers": 1}}, TypeError, "config: key 'n_heads' is missing"),
     (lambda net: net | {"config": make_config(n_layers=2**40)}, ValueError, "n_layers"),
     (lambda net: net | {"config": make_config(n_layers=3)}, ValueError, "model.layers.2"),
-    (lambda net: net | {"config": make_config(n_heads=0)}, ValueError, ""),
-    (lambda net: net | {"config": make_config(n_kv_heads=3)}, ValueError, ""),
-    (lambda net: net | {"config": make_config(head_dim=-8)}, ValueError, ""),
+    (lambda net: net | {"config": make_config(n_heads=0)}, ValueError, "n_heads = 0"),
+    (lambda net: net | {"config": make_config(n_kv_heads=3)}, ValueError, "n_kv_heads = 3"),
+    (lambda net: net | {"config": make_config(head_dim=-8)}, ValueError, "head_dim = -8"),
     (lambda net: net | {"config": make_config(rms_norm_eps=-1.0)}, ValueError, "rms_norm_eps"),
     (lambda net: net | {"config": make_config(vocab_size=VOCAB + 1)}, ValueError, "embed_tokens"),
     (lambda net: net | {"config": make_config(qkv_bias=1)}, TypeError, "qkv_bias must be a bool"),
@@ -391,9 +390,8 @@ BAD_NETS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_NETS)
 def test_bad_net(change: Callable[[Any], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match=message):
         _core.Model([make_net(0), change(make_net(1))])
-    assert str(caught.value)
 
 
 def unaligned(array: np.ndarray) -> np.ndarray:
@@ -443,7 +441,7 @@ def test_bad_model_arguments() -> None:
         _core.Model([net], isa="sse9")
     with pytest.raises(TypeError, match="num_threads must be an integer"):
         _core.Model([net], num_threads=1.5)
-    with pytest.raises(ValueError, match="num_threads"):
+    with pytest.raises(ValueError, match="n_threads = -1"):
         _core.Model([net], num_threads=-1)
     with pytest.raises(ValueError, match="n_valid"):
         _core.Model([net], n_valid=-1)
@@ -601,7 +599,8 @@ def test_model_keeps_its_arrays_and_lets_them_go() -> None:
     refcount = sys.getrefcount(array())
     model = _core.Model([net])
     engine = _core.Engine(model, kv_bytes=1 << 22)
-    assert sys.getrefcount(array()) == refcount + 1
+    with_model = sys.getrefcount(array())  # outside of assert, which keeps a reference of its own
+    assert with_model == refcount + 1
     del net, model
     gc.collect()
     assert array() is not None  # by the engine

@@ -83,7 +83,7 @@ enum {
     RAST_DRAW_LOGITS = 8, /* write logits / scores / parts rows */
     RAST_DRAW_SCORES = 16,
     RAST_DRAW_PARTS = 32,
-    RAST_DRAW_KEEP = 64, /* write the token to drawn[slot]; at most one output of a slot */
+
 };
 
 typedef struct { /* one output row of the transfer step */

@@ -199,8 +199,7 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
                             .draft = i ? s->draft[i - 1] : -1,
                             .mask = -1};
         draw->flags = draw_flags(job->want) | (sampling->do_sample ? RAST_DRAW_SAMPLE : 0u) |
-                      (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u) |
-                      (s->n_draw_out == 1 ? RAST_DRAW_KEEP : 0u);
+                      (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u);
         if (rast_sample_has_mask(s, i)) draw->mask = (int32_t)e->plan.n_masks++;
         if (rast_sample_n_new(s) < job->transfer_start)
             coef[0] = 1;

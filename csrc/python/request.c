@@ -75,8 +75,8 @@ static int join(py_request *self, PyObject *value, const char *name, size_t elem
         return -1;
     }
     int rc = -1;
-    size_t count = (size_t)PyTuple_GET_SIZE(parts), total = count * sizeof(size_t), length;
-    const void *part;
+    size_t count = (size_t)PyTuple_GET_SIZE(parts), total = count * sizeof(size_t), length = 0;
+    const void *part = NULL;
     for (size_t i = 0; i < count; i++) {
         if (read_part(self, PyTuple_GET_ITEM(parts, (Py_ssize_t)i), name, element, &part, &length)) goto done;
         if (length > (PY_SSIZE_T_MAX - total) / element) { /* the same array may stand there many times */

@@ -594,7 +594,7 @@ static void test_draw(const cpu_kernels *k, uint64_t seed) {
 }
 
 int main(int argc, char **argv) {
-    const uint64_t n_seeds = argc > 1 ? strtoull(argv[1], NULL, 10) : 150;
+    const uint64_t n_seeds = argc > 1 ? strtoull(argv[1], NULL, 10) : 80;
     const cpu_kernels *kernels[8];
     const size_t n = cpu_kernels_available(kernels);
     for (size_t i = 0; i < n; i++) {

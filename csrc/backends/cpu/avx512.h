@@ -5,6 +5,9 @@
 #define LANES 16
 #define TILE_W 4
 #define TILE_X 4
+#ifndef STREAM_W
+#define STREAM_W 2
+#endif
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));

@@ -158,10 +158,15 @@ static size_t cpu_free_memory(rast_ctx *ctx) {
 }
 
 static int cpu_bind(rast_ctx *ctx, const rast_tensor *t, rast_weight *out, rast_error *err) {
+    if (t->n_dims != 1 && t->n_dims != 2)
+        return rast_fail(err, RAST_ERR_VALUE, "tensor %s has %d dimensions, not 1 or 2", t->name ? t->name : "?",
+                         t->n_dims);
     const size_t n_out = t->n_dims == 2 ? t->shape[0] : 1, n_in = t->shape[t->n_dims == 2];
+    const char *name = t->name ? t->name : "?";
     (void)ctx;
-    if (n_out > INT32_MAX || n_in > INT32_MAX)
-        return rast_fail(err, RAST_ERR_VALUE, "tensor %s is too large", t->name ? t->name : "?");
+    if (t->dtype < 0 || t->dtype >= RAST_N_DTYPES)
+        return rast_fail(err, RAST_ERR_UNSUPPORTED, "tensor %s: unknown dtype %d", name, t->dtype);
+    if (n_out > INT32_MAX || n_in > INT32_MAX) return rast_fail(err, RAST_ERR_VALUE, "tensor %s is too large", name);
     *out = (rast_weight){.data = (rast_dev)(uintptr_t)t->data,
                          .out = (int32_t)n_out,
                          .in = (int32_t)n_in,

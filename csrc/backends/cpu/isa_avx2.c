@@ -7,6 +7,7 @@
 #define LANES 8
 #define TILE_W 4
 #define TILE_X 2
+#define STREAM_W 4
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));

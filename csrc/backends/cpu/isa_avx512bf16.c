@@ -2,20 +2,21 @@
 #if defined(__x86_64__)
 #define ISA_NAME "avx512bf16"
 #define DOT_BF16_NATIVE
+#define STREAM_W 1
 #include <stddef.h>
 
 #include "avx512.h"
 
 static inline __attribute__((always_inline)) void dot_tile_bf16(const char *w, size_t w_stride, int nw, const char *x,
                                                                 size_t x_stride, int nx, size_t k, float *y,
-                                                                size_t y_stride);
+                                                                size_t y_stride, int prefetch);
 
 #include "kernels.inc"
 
 /* As dot_tile, 32 pairs a vector; one accumulator a result. */
 static inline __attribute__((always_inline)) void dot_tile_bf16(const char *w, size_t w_stride, int nw, const char *x,
                                                                 size_t x_stride, int nx, size_t k, float *y,
-                                                                size_t y_stride) {
+                                                                size_t y_stride, int prefetch) {
     __m512 acc[TILE_W][TILE_X];
     __m512i xv[TILE_X];
     for (int i = 0; i < nw; i++)
@@ -25,7 +26,7 @@ static inline __attribute__((always_inline)) void dot_tile_bf16(const char *w, s
         for (int j = 0; j < nx; j++) xv[j] = _mm512_maskz_loadu_epi16(live, x + (size_t)j * x_stride + at * 2);
         for (int i = 0; i < nw; i++) {
             const char *p = w + (size_t)i * w_stride + at * 2;
-            _mm_prefetch(p + PREFETCH, _MM_HINT_T0);
+            if (prefetch) _mm_prefetch(p + PREFETCH, _MM_HINT_T0);
             const __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(live, p);
             for (int j = 0; j < nx; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], wv, (__m512bh)xv[j]);
         }
