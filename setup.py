@@ -19,7 +19,7 @@ SOURCE_FOLDERS = ("csrc", "csrc/engine", "csrc/model", "csrc/backends/cpu", "csr
 
 # The same flags as in the Makefile, which builds the C library without Python. Contraction is off because results are
 # defined as a fixed sequence of roundings.
-COMPILE_FLAGS = ["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+COMPILE_FLAGS = ["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-g0"]
 LINK_FLAGS = ["-pthread", "-lm"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

@@ -318,6 +318,11 @@ def test_pair_arguments(zoo: ModelZoo) -> None:
     for strength in (float("nan"), float("inf"), [1.0, 2.0], "much"):
         with pytest.raises((TypeError, ValueError), match="transfer_strength"):
             model.forward(np.arange(3), transfer_strength=strength)
+
+
+def test_models_that_fit_together_load_without_a_warning(zoo: ModelZoo) -> None:
+    base, expert, anti = (zoo.folder("qwen2", seed=s, vocab_size=310, tokenizer="<s>,</s>") for s in range(3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_rast(base, expert, anti)
+        model = load_rast(base, expert, anti)
+    assert model.load_warnings == []

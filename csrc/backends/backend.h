@@ -102,7 +102,7 @@ typedef struct {
     int32_t token;
     float logprob; /* of the combined, unprocessed logits */
     rast_stats stats;
-    int32_t bad; /* -1, or the term whose logits hold NaN or Inf; -2: no token can be drawn */
+    int32_t bad; /* -1; the first term whose logits hold NaN or Inf; n_terms: only the sum does; -2: nothing to draw */
 } rast_drawn;
 
 typedef struct {                              /* the transfer step: heads + sum + processors + draw */

@@ -153,6 +153,10 @@ static rast_chunk *chunk_of_rows(rast_engine *e, const rast_sample *s, size_t fr
 /* What is wrong with one output of the sample, whose row is at `position`. */
 static int check_output(const rast_engine *e, const rast_sample *s, size_t output, size_t position, rast_error *err) {
     const int32_t bad = e->results[s->first_out + output].bad;
+    if (bad == e->model->n_nets)
+        return rast_fail(err, RAST_ERR_NUMERIC,
+                         "the sum of all models' logits overflows at position %zu: the transfer strength is too large",
+                         position);
     if (bad >= 0)
         return rast_fail(err, RAST_ERR_NUMERIC, "NaN or Inf in the logits of %s at position %zu: check its weights",
                          e->model->nets[bad].name, position);

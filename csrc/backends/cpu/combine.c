@@ -26,7 +26,7 @@ enum {
 typedef struct {
     draw_best draw, base_first;
     log_sum combined, base;
-    int32_t bad; /* first term with NaN or Inf, or -1 */
+    int32_t bad; /* first term with NaN or Inf; n_terms: only their sum; or -1 */
 } span_part;
 
 /* What is known of an output before it runs. */
@@ -219,6 +219,7 @@ static void end_tile(const combine_job *j, size_t o, size_t tile, float *sum, fl
     const size_t drawable = limit > first ? limit - first : 0;
     uint32_t bits[DRAW_WORDS];
 
+    if (part->bad < 0 && has_bad(sum, drawable < DRAW_TILE ? drawable : DRAW_TILE)) part->bad = j->l.n_terms;
     for (size_t v = drawable; v < DRAW_TILE; v++) sum[v] = -INFINITY;
     if (uncommon_bits(j, o, tile, bits))
         for (size_t v = 0; v < DRAW_TILE; v++)
