@@ -12,7 +12,7 @@ import torch
 import transformers
 from oracle import ModelZoo
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are small, and rast has threads of its own
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

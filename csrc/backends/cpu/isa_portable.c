@@ -12,6 +12,7 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
 static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+static inline float v_sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 static inline float half_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
