@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import FULL, ModelZoo, assert_logits_close, hf_logits, load_rast, log_softmax, make_config, make_model
+from oracle import FULL, ModelZoo, assert_logits_close, hf_logits, load_hf, load_rast, log_softmax
 
 VOCAB = 61
 CONTEXT = 96
@@ -63,33 +63,30 @@ def inputs(draw: st.DrawFn) -> tuple[list[list[int]], Any, Any]:
     return prompts, ids, mask
 
 
-OPTIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "max_new_tokens": st.integers(1, 12),
-        "min_new_tokens": st.integers(0, 14),
-        "do_sample": st.booleans(),
-        "temperature": st.floats(0.05, 20.0),
-        "top_k": st.integers(0, 70),
-        "top_p": st.floats(0.01, 1.0),
-        "min_p": st.floats(0.0, 1.0),
-        "repetition_penalty": st.floats(0.2, 5.0),
-        "eos_token_id": st.one_of(IDS, st.lists(IDS, max_size=4)),
-        "pad_token_id": IDS,
-        "bad_words_ids": st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=4),
-        "suppress_tokens": st.lists(IDS, max_size=20),
-        "num_return_sequences": st.integers(1, 3),
-        "transfer_strength": st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-2, 2)),
-        "transfer_start": st.integers(0, 6),
-        "seed": st.integers(0, 2**64 - 1),
-        "num_assistant_tokens": st.integers(0, 4),
-    },
-)
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    "max_new_tokens": st.integers(1, 12),
+    "min_new_tokens": st.integers(0, 14),
+    "do_sample": st.booleans(),
+    "temperature": st.floats(0.05, 20.0),
+    "top_k": st.integers(0, 70),
+    "top_p": st.floats(0.01, 1.0),
+    "min_p": st.floats(0.0, 1.0),
+    "repetition_penalty": st.floats(0.2, 5.0),
+    "eos_token_id": st.one_of(IDS, st.lists(IDS, max_size=4)),
+    "pad_token_id": IDS,
+    "bad_words_ids": st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=4),
+    "suppress_tokens": st.lists(IDS, max_size=20),
+    "num_return_sequences": st.integers(1, 3),
+    "transfer_strength": st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-2, 2)),
+    "transfer_start": st.integers(0, 6),
+    "seed": st.integers(0, 2**64 - 1),
+    "num_assistant_tokens": st.integers(0, 4),
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @bounded(120)
-@given(given_input=inputs(), options=OPTIONS, which=st.integers(0, 2))
+@given(given_input=inputs(), options=st.fixed_dictionaries({}, optional=OPTIONS), which=st.integers(0, 2))
 def test_generate(models: list[Any], given_input: tuple[Any, Any, Any], options: dict[str, Any], which: int) -> None:
     prompts, ids, mask = given_input
     n = options.get("num_return_sequences", 1)
@@ -167,7 +164,7 @@ JUNK = st.one_of(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @bounded(250)
 @given(
-    name=st.sampled_from([*sorted(OPTIONS.optional), "max_length", "min_length", "stop_strings", "max_time"]),
+    name=st.sampled_from([*sorted(OPTIONS), "max_length", "min_length", "stop_strings", "max_time"]),
     value=JUNK,
 )
 def test_junk_options(models: list[Any], name: str, value: Any) -> None:
@@ -249,12 +246,9 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 @bounded(25)
 @given(shape=shapes(), length=st.integers(1, 70), stored=st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_any_shape_equals_huggingface(shape: tuple[str, dict[str, Any]], length: int, stored: str) -> None:
-    import torch
-
     arch, changes = shape
-    hf = make_model(make_config(arch, **changes), seed=length)
+    ids = np.random.default_rng(length).integers(0, changes["vocab_size"], length)
     with tempfile.TemporaryDirectory() as folder:
-        hf.to(getattr(torch, stored)).save_pretrained(folder)
-        ids = np.random.default_rng(length).integers(0, changes["vocab_size"], length)
-        got = load_rast(Path(folder)).forward(ids)
-    assert_logits_close(got[0], hf_logits(hf.float(), ids), context=(arch, changes, stored))
+        path = ModelZoo(Path(folder)).folder(arch, seed=length, dtype=stored, **changes)
+        got, want = load_rast(path).forward(ids)[0], hf_logits(load_hf(path), ids)
+    assert_logits_close(got, want, context=(arch, changes, stored))

@@ -5,6 +5,7 @@ The oracle is transformers' Llama with the weights that the `gguf` library dequa
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from oracle import (
     details,
     hf_logits,
     kl_divergence,
+    load_hf,
     load_rast,
 )
 
@@ -121,9 +123,7 @@ def prompts(tokenizer: Any) -> list[np.ndarray]:
 def perturbed(exact: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A copy with 2 % of noise on its matrices, stored as bfloat16 safetensors; and the same in float32."""
     folder = tmp_path_factory.mktemp("perturbed")
-    model = transformers.LlamaForCausalLM(exact.config).eval()
-    model.load_state_dict(exact.state_dict())
-    model.tie_weights()
+    model = copy.deepcopy(exact)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
@@ -131,7 +131,7 @@ def perturbed(exact: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
                 parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder, model.float()
+    return folder, load_hf(folder)
 
 
 def test_tokenizer(tokenizer: Any, prompts: list[np.ndarray]) -> None:
@@ -154,11 +154,9 @@ def test_greedy_text_in_float32(exact: Any, prompts: list[np.ndarray], tokenizer
     assert_logits_close(model.forward(prompts[1]), hf_logits(exact, prompts[1])[None])
 
 
-def test_bfloat16_is_no_worse_than_huggingface(exact: Any, prompts: list[np.ndarray]) -> None:
-    rounded = transformers.LlamaForCausalLM(exact.config).eval()
-    rounded.load_state_dict(exact.state_dict())
-    rounded.tie_weights()
-    rounded.to(torch.bfloat16)
+def test_bfloat16_is_no_worse_than_huggingface(exact: Any, prompts: list[np.ndarray], tmp_path: Path) -> None:
+    copy.deepcopy(exact).to(torch.bfloat16).save_pretrained(tmp_path)
+    rounded = load_hf(tmp_path, "bfloat16")  # loaded, not cast: casting would round the rotary frequencies, too
     model = load_rast(gguf_path(), dtype="bfloat16")
     ours, theirs = [], []
     for prompt in prompts:
@@ -171,9 +169,9 @@ def test_bfloat16_is_no_worse_than_huggingface(exact: Any, prompts: list[np.ndar
 def test_trio_of_itself_and_a_perturbed_copy(
     exact: Any, perturbed: tuple[Path, Any], prompts: list[np.ndarray]
 ) -> None:
-    folder, copy = perturbed
+    folder, other = perturbed
     model = load_rast(gguf_path(), folder, gguf_path(), transfer_strength=0.5)
-    oracle = Transfer(exact, [(copy, exact, 0.5)])
+    oracle = Transfer(exact, [(other, exact, 0.5)])
     for prompt in prompts[:3]:
         assert_logits_close(model.forward(prompt), oracle(prompt)[None])
         out = details(model, prompt, max_new_tokens=24)
