@@ -539,10 +539,10 @@ def test_no_memory(zoo: ModelZoo) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     load = lambda: rast.RastForCausalLM.from_pretrained(sys.argv[1], device="cpu", dtype="float32", num_threads=2)
-    ids = np.arange(3000) % 311
+    ids = np.arange(1500) % 311
     want = load().generate(ids, max_new_tokens=2)
     n = 0
-    for extra in [0] + [1 << i for i in range(12, 31)]:
+    for extra in [0] + [1 << i for i in range(12, 30, 2)]:
         for f in (lambda: load().generate(ids, max_new_tokens=2), lambda: load().forward(ids)):
             try:
                 limited(extra, f)
@@ -550,7 +550,7 @@ def test_no_memory(zoo: ModelZoo) -> None:
                 n += 1
     assert n > 5, n
     model = load()
-    for extra in [0] + [1 << i for i in range(12, 31)]:
+    for extra in [0] + [1 << i for i in range(12, 30, 2)]:
         try:
             limited(extra, lambda: model.forward(ids))
         except MemoryError:
@@ -558,7 +558,7 @@ def test_no_memory(zoo: ModelZoo) -> None:
         assert (model.generate(ids, max_new_tokens=2) == want).all()
     print("done")
     """
-    folder = zoo.folder("qwen2", max_position_embeddings=4096)
+    folder = zoo.folder("qwen2", max_position_embeddings=2048)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True, timeout=300
     )

@@ -127,6 +127,21 @@ def test_one_folder_in_two_roles_is_loaded_once(zoo: ModelZoo) -> None:
     np.testing.assert_array_equal(parts.antiexperts[0], parts.base)
 
 
+def test_base_as_antiexpert_with_strength_one(zoo: ModelZoo) -> None:
+    """The base's coefficient is 0: the expert alone decides, the statistics still compare it with the base, and before
+    transfer_start the base draws as it is."""
+    base, expert, _ = zoo.trio()
+    (ids,) = random_prompts(1, 311, low=11, high=11)
+    model = load_rast(base, expert, base)
+    np.testing.assert_array_equal(model.forward(ids), load_rast(expert).forward(ids))
+    out = details(model, ids, max_new_tokens=8, transfer_start=3)
+    plain = hf_logits(load_hf(base), out.sequences[0, :-1])[10:]
+    tuned = hf_logits(load_hf(expert), out.sequences[0, :-1])[10:]
+    assert_logits_close(np.concatenate(out.logits), np.concatenate([plain[:3], tuned[3:]]))
+    np.testing.assert_allclose(out.transfer_kl[0, 3:], kl_divergence(tuned, plain)[3:], rtol=1e-3)
+    np.testing.assert_array_equal(out.transfer_kl[0, :3], 0)
+
+
 def test_statistics(zoo: ModelZoo) -> None:
     base, expert, anti = zoo.trio()
     model = load_rast(base, expert, anti)

@@ -44,6 +44,12 @@ static inline uint16_t float_to_half(float f) {
     return (uint16_t)(sign | bits >> 13);
 }
 
+static inline vf v_load_bf16(const void *p) {
+    uint16_t h __attribute__((vector_size(2 * LANES)));
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vi) << 16);
+}
+
 static inline vf v_load_f16(const void *p) {
     uint16_t h[LANES];
     vf v;
