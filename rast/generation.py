@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rast.inputs import as_array
+
 if TYPE_CHECKING:
     from rast._core import Request
 
@@ -106,7 +108,8 @@ def _token_ids(name: str, value: Any) -> NDArray[np.int32]:
 
 
 def _one_or_more_ids(name: str, value: Any) -> NDArray[np.int32]:
-    return _token_ids(name, [value] if np.ndim(value) == 0 else value)
+    many = isinstance(value, list | tuple) or np.ndim(value) > 0
+    return _token_ids(name, value if many else [value])
 
 
 def _id_sequences(name: str, value: Any) -> list[NDArray[np.int32]]:
@@ -338,6 +341,7 @@ class GenerationOptions:
         _refuse_unsupported(call, config, file)
         given = {k: v for k, v in file.items() if k in _OPTIONS and v is not None and k not in _WITHOUT_EFFECT}
         given |= {**config, **call}
+        greedy = not given.get("do_sample")
         values: dict[str, Any] = {}
         for name, option in _OPTIONS.items():
             if name not in given:
@@ -345,7 +349,15 @@ class GenerationOptions:
             elif given[name] is None:
                 values[name] = option.off
             else:
-                values[name] = option.check(name, given[name])
+                try:
+                    values[name] = option.check(name, given[name])
+                except ValueError as error:
+                    if greedy and name in _SAMPLING_ONLY:  # as in HuggingFace: nobody reads it
+                        values[name] = option.off
+                    elif name in call or name in config:
+                        raise
+                    else:
+                        raise ValueError(f"the base's generation_config.json: {error}") from None
 
         eos = values["eos_token_id"]
         if values["pad_token_id"] is None:
@@ -375,6 +387,12 @@ class GenerationOptions:
         idle = [name for name in _SAMPLING_ONLY if name in self.asked and getattr(self, name) != _OPTIONS[name].off]
         if idle and not self.do_sample:
             warnings.warn(f"{', '.join(idle)} has an effect with do_sample=True only", UserWarning, stacklevel)
+        if self.num_assistant_tokens and "num_assistant_tokens" in self.asked:
+            warnings.warn(
+                "num_assistant_tokens changes no token, and nothing drafts yet: it has no effect",
+                UserWarning,
+                stacklevel,
+            )
         if {"max_new_tokens", "max_length"} <= self.asked:
             warnings.warn(
                 "both max_new_tokens and max_length are given: max_new_tokens counts", UserWarning, stacklevel
@@ -445,7 +463,7 @@ def transfer_strengths(value: Any, default: NDArray[np.float64], batch: int) -> 
     n_pairs = len(default)
     if value is None:
         return np.tile(default, (batch, 1))
-    array = np.asarray(value)
+    array = as_array(value, "`transfer_strength`")
     if array.dtype.kind not in "iuf":
         raise TypeError(f"`transfer_strength` must hold numbers, but is {value!r}")
     if not n_pairs:

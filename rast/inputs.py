@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Ids", "Mask", "Prompts", "read_prompts"]
+__all__ = ["Ids", "Mask", "Prompts", "as_array", "read_prompts"]
 
 Ids = ArrayLike | Sequence[NDArray[np.integer[Any]]] | Sequence[Sequence[int]]
 Mask = ArrayLike | Sequence[NDArray[Any]] | Sequence[Sequence[int]]
@@ -62,16 +62,31 @@ def read_prompts(input_ids: Ids, attention_mask: Mask | None = None) -> Prompts:
     return Prompts(ids, start, max(map(len, rows)))
 
 
+def as_array(value: Any, name: str) -> NDArray[Any]:
+    """NumPy's array of value, or an error that names the argument."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a regular array, but its parts have different lengths: {value!r:.80}"
+        ) from None
+
+
 def _rows(value: Any, name: str) -> list[NDArray[Any]]:
     """The 1-D rows of a 1-D or 2-D array, a list of numbers, or a list of rows."""
     if isinstance(value, str | bytes) or (isinstance(value, list | tuple) and any(isinstance(v, str) for v in value)):
-        raise TypeError(f"{name} must be token ids, not text: use model.tokenizer.encode(text)")
-    if isinstance(value, list | tuple) and any(np.ndim(v) for v in value):
-        rows = [np.asarray(v) for v in value]
+        hint = ": use model.tokenizer.encode(text)" if name == "input_ids" else ""
+        raise TypeError(f"{name} must hold integers, not text{hint}")
+    if isinstance(value, Mapping):
+        raise TypeError(f"{name} must be ids, not a mapping: pass a tokenizer's output as **inputs")
+    if isinstance(value, list | tuple) and any(
+        isinstance(v, list | tuple | np.ndarray) and np.ndim(as_array(v, name)) for v in value
+    ):
+        rows = [as_array(v, name) for v in value]
         if any(row.ndim != 1 for row in rows):
             raise ValueError(f"{name} must be a list of 1-D rows, an array [batch, length] or one row [length]")
         return rows
-    array = np.asarray(value)
+    array = as_array(value, name)
     if array.dtype == object:
         raise TypeError(f"{name} must hold integers, not {type(value).__name__} {value!r:.80}")
     if array.ndim not in (1, 2):

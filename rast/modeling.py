@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -127,6 +127,7 @@ class RastForCausalLM:
         }
         self._engine: _core.Engine | None = None
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._can_stop_at_strings = agreed.pieces is not None
         self.tokenizer = nets[0].loaded.tokenizer
         self.generation_config = {
@@ -321,6 +322,7 @@ class RastForCausalLM:
         *,
         generation_config: Any = None,
         streamer: Streamer | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
         **options: Unpack[GenerateKwargs],
     ) -> Any:
         """Continues prompts. Option names, meaning and defaults are those of transformers' GenerationConfig, overlaid
@@ -331,6 +333,7 @@ class RastForCausalLM:
             attention_mask: the shape of input_ids; zeros mark padding at the left or right end of a row.
             generation_config: a dict or transformers.GenerationConfig, under the options given here.
             streamer: gets new tokens as they come (`put`, `end`); for one sequence.
+            progress: called after each step with (finished sequences, all sequences, new tokens so far).
             **options: see `rast.generation.GenerateKwargs`. Not in transformers: `transfer_strength` (one number, one
                 for each pair, or `[batch, pairs]`; a pair with 0 is not run), `transfer_start` (new tokens drawn from
                 the base alone before the pairs join) and `seed` (None: from the system).
@@ -357,12 +360,11 @@ class RastForCausalLM:
         if streamer is not None:
             if len(prompts) * opts.num_return_sequences != 1:
                 raise ValueError("a streamer takes one sequence at a time: one prompt, num_return_sequences=1")
-            sink = streamer  # for the type checker: never None in the callback
-            sink.put(prompts.ids[0][None].astype(np.int64))
-
-            def on_tokens(tag: int, sample: int, ids: NDArray[np.int32], finish: str | None) -> None:
-                if len(ids):
-                    sink.put(ids.astype(np.int64))
+            if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+                raise TypeError(f"streamer must have put() and end(), not be {streamer!r}")
+            streamer.put(prompts.ids[0][None].astype(np.int64))
+        if streamer is not None or progress is not None:
+            on_tokens = _listener(streamer, progress, len(prompts) * opts.num_return_sequences)
 
         results = self._run(requests, on_tokens)
         if streamer is not None:
@@ -568,7 +570,18 @@ class RastForCausalLM:
     def _new_engine(self) -> _core.Engine:
         return _core.Engine(self._core_model, **self._budget)
 
+    def _check_process(self) -> None:
+        """A lock that another thread held during fork() would never open in the child."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this model was loaded before fork(), and its threads stayed behind: load it in the child"
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model cannot be pickled or copied: call from_pretrained again where it is needed")
+
     def _run(self, requests: list[_core.Request], on_tokens: _core.OnTokens | None = None) -> list[_core.Result]:
+        self._check_process()
         with self._lock:
             if self._engine is None:
                 self._engine = self._new_engine()
@@ -579,12 +592,14 @@ class RastForCausalLM:
 
     def _steps(self, requests: list[_core.Request], n_samples: int) -> Iterator[Any]:
         """The loop of `stream`, on an engine of its own, so that other calls can run in between."""
+        self._check_process()
         with self._lock:
             engine = self._new_engine()
             for request in requests:
                 engine.add(request)
         one = len(requests) * n_samples == 1
         while True:
+            self._check_process()
             with self._lock:
                 if not engine.busy:
                     return
@@ -596,7 +611,27 @@ class RastForCausalLM:
                     yield ids if one else (result["tag"] * n_samples + result["sample"], ids)
 
 
+def _listener(
+    streamer: Streamer | None, progress: Callable[[int, int, int], None] | None, n_sequences: int
+) -> _core.OnTokens:
+    """What the engine calls with each sample's new tokens."""
+    n_done = n_tokens = 0
+
+    def on_tokens(tag: int, sample: int, ids: NDArray[np.int32], finish: str | None) -> None:
+        nonlocal n_done, n_tokens
+        n_done += finish is not None
+        n_tokens += len(ids)
+        if streamer is not None and len(ids):
+            streamer.put(ids.astype(np.int64))
+        if progress is not None:
+            progress(n_done, n_sequences, n_tokens)
+
+    return on_tokens
+
+
 def _check_device(device: str) -> None:
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a string, not {device!r}")
     if device in ("auto", "cpu"):
         return
     if device == "cuda" or (device.startswith("cuda:") and device[5:].isdecimal()):
@@ -611,6 +646,8 @@ def _pairs(
     if pairs is not None:
         if expert is not None or antiexpert is not None or strength != 1.0:
             raise ValueError("give either pairs or expert, antiexpert and transfer_strength, not both")
+        if isinstance(pairs, TransferPair) or not isinstance(pairs, Sequence):
+            raise TypeError(f"pairs must be a list of TransferPair objects, not {pairs!r}")
         for pair in pairs:
             if not isinstance(pair, TransferPair):
                 raise TypeError(f"pairs must hold TransferPair objects, not {pair!r}")

@@ -160,8 +160,8 @@ def test_info_check(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--temperature", "0"], "temperature"),
-        (["--top-p", "2"], "top_p"),
+        (["--do-sample", "--temperature", "0"], "temperature"),
+        (["--do-sample", "--top-p", "2"], "top_p"),
         (["--max-new-tokens", "100000"], "context"),
         (["--num-return-sequences", "2", "--stream", "--do-sample"], "--stream"),
         (["--bad-words-ids", "[["], "--bad-words-ids"),
@@ -225,6 +225,19 @@ def test_as_a_process(roles: list[str]) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout == run("generate", *roles, "--max-new-tokens", "3", text=PROMPT).stdout
     assert start("--version").stdout == f"rast {rast.__version__}\n"
-    failed = start("generate", *roles, "--top-p", "0", text=PROMPT)
+    failed = start("generate", *roles, "--do-sample", "--top-p", "0", text=PROMPT)
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+
+
+def test_system_message_without_chat(roles: list[str]) -> None:
+    result = run("generate", *roles, "--prompt", PROMPT, "--system", "be brief")
+    assert result.exit_code == 2
+    assert "--chat" in error_line(result)
+
+
+def test_prompt_file_that_is_not_text(roles: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompt.bin").write_bytes(b"a\xff")
+    result = run("generate", *roles, "--file", str(tmp_path / "prompt.bin"))
+    assert result.exit_code == 2
+    assert "prompt.bin" in error_line(result)

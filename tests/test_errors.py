@@ -53,6 +53,7 @@ IDS = np.arange(6).reshape(2, 3)
         (np.array([], dtype=int), ValueError),
         (np.array(["2020-01-01"], dtype="datetime64[D]"), TypeError),
         (b"bytes", TypeError),
+        ([[1, [2]], [3, 4]], (TypeError, ValueError)),
         ({1: 2}, TypeError),
     ],
 )
@@ -133,6 +134,9 @@ def test_attention_mask(model: Any, mask: Any) -> None:
         ("transfer_strength", float("nan")),
         ("transfer_strength", float("inf")),
         ("transfer_strength", [1.0, 2.0]),
+        ("transfer_strength", [1.0, []]),
+        ("eos_token_id", [1, []]),
+        ("suppress_tokens", [1, []]),
         ("transfer_strength", "x"),
         ("transfer_start", -1),
         ("transfer_start", 0.5),

@@ -71,7 +71,6 @@ def test_smollm2() -> None:
 
 
 def test_smollm2_as_transformers_reads_it() -> None:
-    pytest.importorskip("accelerate", reason="transformers needs accelerate for GGUF models")
     path = smollm2()
     net = load_net(path, dtype="float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -95,6 +95,15 @@ def test_greedy_with_each_option(model: Any, folder: Path) -> None:
         np.testing.assert_array_equal(got, want, err_msg=name)
 
 
+def test_bad_word_as_long_as_the_context(model: Any, folder: Path) -> None:
+    """As in transformers, a word counts as soon as all its tokens but the last fit before the next one."""
+    prompt = PROMPTS[0, :1]
+    first, second = hf_generate(folder, prompt, max_new_tokens=2, do_sample=False)[0, 1:].tolist()
+    for word in ([int(prompt[0]), first], [int(prompt[0]), first, second], [first, second]):
+        options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, bad_words_ids=[word])
+        np.testing.assert_array_equal(model.generate(prompt, **options), hf_generate(folder, prompt, **options).numpy())
+
+
 def test_lengths(model: Any, folder: Path) -> None:
     for options in (dict(max_length=20), dict(max_new_tokens=7), dict(max_length=14, max_new_tokens=5), dict()):
         want = hf_generate(folder, PROMPTS, **options).numpy()
@@ -409,3 +418,50 @@ def test_stop_strings_are_huggingface_s(text_model: tuple[Any, Any, Path]) -> No
 def test_stop_strings_without_a_tokenizer(model: Any) -> None:
     with pytest.raises(ValueError, match=r"stop_strings|tokenizer"):
         model.generate(PROMPTS, max_new_tokens=3, stop_strings="x")
+
+
+def test_max_time_gives_at_least_one_token(zoo: ModelZoo) -> None:
+    model = load_rast(zoo.folder("qwen2"))
+    out = model.generate(
+        [[1, 2, 3], [4, 5]],
+        max_new_tokens=30,
+        max_time=1e-9,
+        do_sample=True,
+        num_return_sequences=3,
+        return_dict_in_generate=True,
+    )
+    assert out.new_lengths.tolist() == [1] * 6
+    assert set(out.finish_reason) == {"time"}
+
+
+@pytest.mark.parametrize("option", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}])
+def test_greedy_decoding_reads_no_warper(zoo: ModelZoo, option: dict[str, float]) -> None:
+    """HuggingFace refuses these values only where a warper is built from them."""
+    model = load_rast(zoo.folder("qwen2"))
+    prompt = np.arange(1, 6)
+    want = model.generate(prompt, max_new_tokens=4)
+    np.testing.assert_array_equal(model.generate(prompt, max_new_tokens=4, do_sample=False, **option), want)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        model.generate(prompt, max_new_tokens=4, do_sample=True, **option)
+
+
+def test_bad_value_in_generation_config_json_names_the_file(zoo: ModelZoo) -> None:
+    model = load_rast(zoo.folder("qwen2"))
+    model.generation_config["temperature"] = 0.0
+    model.generate(np.arange(3), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"generation_config\.json.*temperature"):
+        model.generate(np.arange(3), max_new_tokens=2, do_sample=True)
+
+
+def test_drafts_without_a_drafter_are_said_to_do_nothing(zoo: ModelZoo) -> None:
+    model = load_rast(zoo.folder("qwen2"))
+    with pytest.warns(UserWarning, match="num_assistant_tokens"):
+        model.generate(np.arange(3), max_new_tokens=2, num_assistant_tokens=3)
+
+
+def test_progress_counts_sequences_and_tokens(zoo: ModelZoo) -> None:
+    model = load_rast(zoo.folder("qwen2"))
+    seen: list[tuple[int, int, int]] = []
+    model.generate([[1, 2], [3]], max_new_tokens=3, eos_token_id=None, progress=lambda *now: seen.append(now))
+    assert seen[-1] == (2, 2, 6)
+    assert seen == sorted(seen)

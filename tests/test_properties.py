@@ -129,7 +129,7 @@ def test_generate(models: list[Any], given_input: tuple[Any, Any, Any], options:
                 assert word[0] in eos or word[0] not in new
             else:
                 whole = prompt + new
-                for end in range(max(len(prompt) + 1, len(word) + 1), len(whole) + 1):
+                for end in range(max(len(prompt) + 1, len(word)), len(whole) + 1):
                     assert whole[end - len(word) : end] != word
         live = slice(0, length)
         assert np.isfinite(logits[row, live]).all() and np.isnan(logits[row, length:]).all()

@@ -14,7 +14,7 @@ import torch
 from oracle import FULL, ModelZoo, Transfer, details, hf_logits, load_hf, load_rast, log_softmax, processed
 
 SIGNIFICANCE = 1e-4
-DRAWS = 20000 if FULL else 4000
+DRAWS = 40000 if FULL else 10000
 PROMPT = np.array([3, 50, 7, 19, 19])
 
 

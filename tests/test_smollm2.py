@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +182,25 @@ def test_trio_of_itself_and_a_perturbed_copy(
         assert (out.transfer_kl > 0).all()
     same = load_rast(gguf_path(), folder, folder)
     np.testing.assert_array_equal(same.forward(prompts[0]), load_rast(gguf_path()).forward(prompts[0]))
+
+
+def test_command_line_decodes_real_text() -> None:
+    """SmolLM2 as base and, as the pair, itself twice: λ (e − a) is zero, and the text the base's own."""
+    path = str(gguf_path())
+    options = ["--max-new-tokens", "20", "--no-do-sample", "--dtype", "float32", "--prompt", TEXTS[0]]
+    command = [sys.executable, "-m", "rast", "generate", path, "--expert", path, "--antiexpert", path, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    model = load_rast(path)
+    ids = model.tokenizer.encode(TEXTS[0])
+    new = model.generate(ids, max_new_tokens=20, do_sample=False)[0, len(ids) :]
+    assert result.stdout == model.tokenizer.decode(new) + "\n"
+
+
+def test_demonstration(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "examples" / "demo_smollm2.py"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, str(demo)], capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "base alone" in result.stdout
+    assert "tokens/s with the pair" in result.stdout

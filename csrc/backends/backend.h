@@ -95,6 +95,7 @@ typedef struct { /* one output row of the transfer step */
     int32_t target;    /* >= 0: no draw, this token is measured; -1: draw; -2: only rows and statistics */
     int32_t slot;      /* row of history and of drawn; -1: none */
     int32_t draft;     /* token that preceding drafts add to the slot's history since the last output, or -1 */
+    int32_t limit;     /* > 0: ids from here on are not drawn, whatever the terms of this output have rows for */
     int32_t mask;      /* row of `allowed`, or -1: everything */
 } rast_draw;
 

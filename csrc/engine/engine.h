@@ -34,10 +34,10 @@ typedef struct {
     size_t n_ids;
     float *coef;     /* [n_nets] */
     uint64_t active; /* nets to run: coef != 0, and net 0 */
+    int32_t limit;   /* ids from here on lack an embedding in one of them: never drawn, never drafted */
     uint32_t transfer_start;
     rast_sampling sampling; /* arrays owned */
     rast_stop stop;         /* arrays owned */
-    size_t max_string;      /* longest stop string */
     int32_t n_draft;
     uint32_t want, prompt_from;
     double deadline; /* CLOCK_MONOTONIC seconds, 0 = none */
@@ -59,7 +59,7 @@ typedef struct {
     rast_job *job;
     uint32_t index; /* among the job's samples */
     uint64_t stream;
-    int32_t *ids; /* [n_ids] prompt and new tokens, room for all */
+    int32_t *ids; /* [n_ids] prompt and new tokens, room for all; NULL while it waits */
     size_t n_ids;
     int32_t *blocks; /* [n_blocks] */
     size_t n_blocks;
@@ -160,7 +160,8 @@ struct rast_engine {
     float *logprob;
     rast_stats *stats;
     rast_chunk *chunks;
-    size_t n_chunks, cap_chunks;
+    size_t n_chunks, cap_chunks; /* a failed step leaves its chunks for the next one */
+    int failed;
     rast_error *errors; /* [max_seqs] behind chunk.error */
     size_t n_errors;
 
@@ -170,7 +171,7 @@ struct rast_engine {
     uint64_t n_steps, n_rows, n_drafted, n_accepted;
 };
 
-/* Chooses the rows of every running sample, fills plan and arena (offsets only). Changes no sample's state but its plan. */
+/* Chooses the rows of every running sample, fills plan and arena (offsets only). Changes nothing of a sample but its plan. */
 int rast_plan_step(rast_engine *e, rast_error *err);
 /* Records what the plan says and runs it; results, rows and so on are on the host afterwards. */
 int rast_run_plan(rast_engine *e, rast_error *err);

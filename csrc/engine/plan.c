@@ -82,7 +82,13 @@ static size_t prompt_rows_limit(const rast_engine *e, const rast_sample *s) {
     return silent + (rows ? rows : 1);
 }
 
-static void ask_drafter(rast_engine *e, rast_sample *s) {
+/* Rows of a net that a sample may take when `reserved` samples behind it still want one each; one it always may. */
+static size_t rows_for(const rast_engine *e, int32_t net, size_t reserved) {
+    const size_t left = (size_t)e->rows_left[net];
+    return left > reserved + 1 ? left - reserved : left < 1 ? 0 : 1;
+}
+
+static void ask_drafter(rast_engine *e, rast_sample *s, size_t reserved) {
     const rast_job *job = s->job;
     const size_t n_new = rast_sample_n_new(s);
     size_t k = (size_t)job->n_draft;
@@ -91,18 +97,20 @@ static void ask_drafter(rast_engine *e, rast_sample *s) {
     if (k > (size_t)job->stop.max_new - n_new - 1) k = (size_t)job->stop.max_new - n_new - 1;
     if (n_new < job->transfer_start && k > job->transfer_start - n_new - 1) k = job->transfer_start - n_new - 1;
     for (int32_t m = 0; m < e->model->n_nets; m++)
-        if (has(draw_mask(s), m) && k > (size_t)e->rows_left[m]) k = (size_t)e->rows_left[m];
+        if (has(draw_mask(s), m)) {
+            const size_t left = (size_t)e->rows_left[m] > reserved ? (size_t)e->rows_left[m] - reserved : 0;
+            if (k > left) k = left;
+        }
     if (!k) return;
     size_t n = e->drafter(e->drafter_user, job->tag, s->index, s->ids, s->n_ids, s->draft, k);
     if (n > k) n = k;
-    for (size_t i = 0; i < n; i++) { /* a draft must have an embedding in every net that checks it */
-        for (int32_t m = 0; m < e->model->n_nets; m++)
-            if (has(draw_mask(s), m) && (s->draft[i] < 0 || s->draft[i] >= e->model->nets[m].config.vocab_size)) return;
+    for (size_t i = 0; i < n; i++) { /* a draft must have an embedding in every net that will see it */
+        if (s->draft[i] < 0 || s->draft[i] >= job->limit) return;
         s->n_draft++;
     }
 }
 
-static void choose_rows(rast_engine *e, rast_sample *s) {
+static void choose_rows(rast_engine *e, rast_sample *s, size_t reserved) {
     const int32_t n_nets = e->model->n_nets;
     const uint64_t active = s->job->active;
     const size_t limit = prompt_rows_limit(e, s);
@@ -113,7 +121,7 @@ static void choose_rows(rast_engine *e, rast_sample *s) {
     for (int32_t m = 0; m < n_nets; m++) {
         s->end[m] = s->cached[m];
         if (!has(active, m) || target(s, m) <= s->cached[m]) continue;
-        const size_t left = (size_t)e->rows_left[m];
+        const size_t left = rows_for(e, m, reserved);
         if (target(s, m) - s->cached[m] > (left < limit ? left : limit)) fits = 0;
         if (left < take) take = left;
     }
@@ -124,7 +132,7 @@ static void choose_rows(rast_engine *e, rast_sample *s) {
                 s->end[m] = (uint32_t)target(s, m);
                 e->rows_left[m] -= (int32_t)(s->end[m] - s->cached[m]);
             }
-        ask_drafter(e, s);
+        ask_drafter(e, s, reserved);
         for (int32_t m = 0; m < n_nets; m++)
             if (s->n_draft && has(draw_mask(s), m)) {
                 s->end[m] += s->n_draft;
@@ -145,7 +153,12 @@ static void choose_rows(rast_engine *e, rast_sample *s) {
     }
 }
 
-static int is_decoding(const rast_sample *s) { return s->cached[0] + 1 == s->n_ids && rast_sample_n_new(s) > 0; }
+/* All nets of the next draw lack only the last token. */
+static int is_decoding(const rast_engine *e, const rast_sample *s) {
+    for (int32_t m = 0; m < e->model->n_nets; m++)
+        if (has(draw_mask(s), m) && s->cached[m] + 1 < s->n_ids) return 0;
+    return rast_sample_n_new(s) > 0;
+}
 
 /* ---- outputs ------------------------------------------------------------------------------------------------------- */
 
@@ -155,7 +168,8 @@ static void count_outputs(rast_engine *e, rast_sample *s) {
     if (!s->scheduled) return;
     if (rast_sample_prompt_pending(s)) {
         const size_t from = s->cached[0] > s->job->prompt_from ? s->cached[0] : s->job->prompt_from;
-        if (s->end[0] > from) s->n_prompt_out = s->end[0] - from;
+        const size_t end = s->end[0] - s->n_draft;
+        if (end > from) s->n_prompt_out = end - from;
     }
     if (s->draws) s->n_draw_out = 1 + s->n_draft;
     e->plan.n_out += s->n_prompt_out + s->n_draw_out;
@@ -183,6 +197,7 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
         *draw = (rast_draw){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .slot = -1, .draft = -1, .mask = -1};
         draw->flags = draw_flags(job->want);
         draw->target = next < job->n_ids ? job->ids[next] : -2;
+        draw->limit = job->limit;
         memcpy(coef, job->coef, n_nets * sizeof *coef);
         e->plan.flags |= draw->flags;
     }
@@ -200,6 +215,7 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
                             .mask = -1};
         draw->flags = draw_flags(job->want) | (sampling->do_sample ? RAST_DRAW_SAMPLE : 0u) |
                       (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u);
+        draw->limit = job->limit;
         if (rast_sample_has_mask(s, i)) draw->mask = (int32_t)e->plan.n_masks++;
         if (rast_sample_n_new(s) < job->transfer_start)
             coef[0] = 1;
@@ -289,9 +305,11 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
     plan->n_out = plan->n_masks = plan->n_rows = 0;
     plan->flags = 0;
     for (int32_t m = 0; m < n_nets; m++) e->rows_left[m] = e->max_rows;
-    for (int decoding = 1; decoding >= 0; decoding--) /* samples that decode first, prompts with what is left */
-        for (size_t i = 0; i < e->n_running; i++)
-            if (is_decoding(e->running[i]) == decoding) choose_rows(e, e->running[i]);
+    size_t behind = e->n_running;
+    for (size_t i = 0; i < e->n_running; i++) /* a row for everyone, before drafts and prompts take what is left */
+        if (is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
+    for (size_t i = 0; i < e->n_running; i++)
+        if (!is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
     for (size_t i = 0; i < e->n_running; i++) count_outputs(e, e->running[i]);
 
     e->arena.used = 0;

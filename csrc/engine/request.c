@@ -50,6 +50,9 @@ static int check_request(const rast_model *m, const rast_request *r, rast_error 
     if (stop->max_new < 0) return rast_fail(err, RAST_ERR_VALUE, "max_new = %d must not be negative", stop->max_new);
     if (stop->max_new == 0 && !(r->want & RAST_WANT_PROMPT))
         return rast_fail(err, RAST_ERR_VALUE, "max_new = 0 asks for nothing, unless the prompt is to be evaluated");
+    if (stop->max_new == 0 && r->n_samples != 1)
+        return rast_fail(err, RAST_ERR_VALUE, "a prompt is evaluated once: n_samples = %u with max_new = 0",
+                         r->n_samples);
     if (r->want & RAST_WANT_PROMPT && r->prompt_from >= r->n_ids)
         return rast_fail(err, RAST_ERR_VALUE, "prompt_from = %u lies beyond the prompt", r->prompt_from);
     if (r->n_draft < 0) return rast_fail(err, RAST_ERR_VALUE, "n_draft = %d must not be negative", r->n_draft);
@@ -111,10 +114,7 @@ int rast_job_new(const rast_model *m, const rast_request *r, rast_job **out, ras
 
     size_t n_bad = 0, n_bytes = 0;
     for (size_t i = 0; i < r->sampling.n_bad_words; i++) n_bad += r->sampling.bad_word_len[i];
-    for (size_t i = 0; i < r->stop.n_strings; i++) {
-        n_bytes += r->stop.string_len[i];
-        if (r->stop.string_len[i] > job->max_string) job->max_string = r->stop.string_len[i];
-    }
+    for (size_t i = 0; i < r->stop.n_strings; i++) n_bytes += r->stop.string_len[i];
     rast_sampling *sampling = &job->sampling;
     rast_stop *stop = &job->stop;
     *sampling = r->sampling;
@@ -131,8 +131,12 @@ int rast_job_new(const rast_model *m, const rast_request *r, rast_job **out, ras
         goto memory;
 
     job->active = 1;
-    for (size_t i = 0; i < r->n_coef; i++)
-        if (r->coef[i] != 0) job->active |= (uint64_t)1 << i;
+    job->limit = m->nets[0].config.vocab_size;
+    for (size_t i = 0; i < r->n_coef; i++) {
+        if (r->coef[i] == 0) continue;
+        job->active |= (uint64_t)1 << i;
+        if (m->nets[i].config.vocab_size < job->limit) job->limit = m->nets[i].config.vocab_size;
+    }
     uint64_t hash = r->n_ids;
     for (size_t i = 0; i < r->n_ids; i++) hash = rast_mix(hash + 0x9E3779B97F4A7C15u + (uint32_t)r->ids[i]);
     job->stream = rast_mix(rast_mix(r->seed + 0x9E3779B97F4A7C15u) ^ hash);

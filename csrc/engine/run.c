@@ -84,12 +84,11 @@ static int upload(rast_engine *e, rast_event *event, rast_error *err) {
     ops->begin(e->upload, 0);
     ops->copy(e->upload, e->arena.dev, at(e->arena.host), e->arena.used, RAST_COPY_TO_DEVICE);
     for (size_t i = 0; i < e->n_running; i++) {
-        rast_sample *s = e->running[i];
+        const rast_sample *s = e->running[i];
         if (!s->scheduled || !uses_history(s) || !s->history_stale) continue;
         const size_t offset = (size_t)s->slot * words;
         fill_history(s, history + offset, words);
         ops->copy(e->upload, e->history.dev + (size_t)s->slot * row, at(history + offset), row, RAST_COPY_TO_DEVICE);
-        s->history_stale = 0;
     }
     for (size_t i = 0; i < e->n_running; i++) { /* in the order in which describe_outputs numbered them */
         const rast_sample *s = e->running[i];
@@ -191,5 +190,8 @@ int rast_run_plan(rast_engine *e, rast_error *err) {
     if (status) return status; /* the next begin() forgets what was recorded */
     if (e->plan.n_out) record_combine(e);
     status = ops->submit(e->queue, &event, err);
-    return status ? status : ops->wait(e->model->ctx, event, err);
+    if (status == RAST_OK) status = ops->wait(e->model->ctx, event, err);
+    for (size_t i = 0; i < e->n_running && status == RAST_OK; i++)
+        if (e->running[i]->scheduled && uses_history(e->running[i])) e->running[i]->history_stale = 0;
+    return status;
 }

@@ -14,6 +14,7 @@ int rast_sample_new(const rast_model *m, rast_job *job, uint32_t index, rast_sam
     s->job = job;
     s->index = index;
     s->slot = -1;
+    s->n_ids = job->n_ids;
     s->stream = rast_mix(job->stream + 0x9E3779B97F4A7C15u * ((uint64_t)job->first_copy + index + 1));
     s->cached = calloc(n_nets, sizeof *s->cached);
     s->end = calloc(n_nets, sizeof *s->end);
@@ -97,7 +98,7 @@ void rast_sample_mask(const rast_sample *s, uint32_t n_draft, int32_t n_vocab, u
     for (size_t i = 0; i < sampling->n_bad_words; word += sampling->bad_word_len[i++]) {
         const size_t before = sampling->bad_word_len[i] - 1; /* tokens that must precede the forbidden one */
         size_t same = 0;
-        if (before >= n) continue; /* as HuggingFace: a word longer than the context does not count */
+        if (before > n) continue;
         while (same < before && token_at(s, n - before + same) == word[same]) same++;
         if (same == before) forbid(mask, word[before]);
     }

@@ -13,9 +13,24 @@ static void drop_prefix(rast_engine *e, rast_job *job) {
     job->n_prefix = 0;
 }
 
+/* Copies that a failed step left undone must not hit a block's next owner. */
+static void drop_copies(rast_engine *e, const rast_sample *s) {
+    size_t kept = 0;
+    for (size_t i = 0; i < e->n_copies; i++) {
+        int ours = 0;
+        for (size_t b = 0; b < s->n_blocks && !ours; b++) ours = s->blocks[b] == e->copies[2 * i + 1];
+        if (ours) continue;
+        e->copies[2 * kept] = e->copies[2 * i];
+        e->copies[2 * kept + 1] = e->copies[2 * i + 1];
+        kept++;
+    }
+    e->n_copies = kept;
+}
+
 /* Frees the sample, and its request after the last one. The caller takes it out of its list. */
 static void end_sample(rast_engine *e, rast_sample *s) {
     rast_job *job = s->job;
+    drop_copies(e, s);
     for (size_t i = 0; i < s->n_blocks; i++) rast_blocks_drop(&e->blocks, s->blocks[i]);
     if (s->slot >= 0)
         e->free_slots[e->n_free_slots++] = s->slot;
@@ -41,12 +56,14 @@ static rast_chunk *add_chunk(rast_engine *e, const rast_sample *s, rast_finish f
     return c;
 }
 
+/* A deadline does not end a sample before its first token (as in HuggingFace), unless none of its request has begun. */
 static size_t end_stopped(rast_engine *e, rast_sample **list, size_t n) {
     const double t = rast_now();
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = list[i];
-        const int late = s->job->deadline != 0 && t >= s->job->deadline;
+        const int owed = s->job->stop.max_new > 0 && s->job->n_admitted > 0 && (s->slot < 0 || !rast_sample_n_new(s));
+        const int late = s->job->deadline != 0 && t >= s->job->deadline && !owed;
         if (!s->job->cancelled && !late) {
             list[kept++] = s;
             continue;
@@ -76,7 +93,6 @@ static int admit_one(rast_engine *e, rast_sample *s) {
         return -1;
     }
     memcpy(s->ids, job->ids, job->n_ids * sizeof *s->ids);
-    s->n_ids = job->n_ids;
     for (size_t i = 0; i < n_blocks; i++) {
         if (i < n_shared)
             rast_blocks_share(&e->blocks, s->blocks[i] = job->prefix[i]);
@@ -102,7 +118,7 @@ static int admit(rast_engine *e, rast_error *err) {
     int admitted = 1;
     for (; i < e->n_waiting; i++) {
         rast_sample *s = e->waiting[i];
-        if (s->index > 0 && !s->job->prefix_known) {
+        if (s->job->cancelled || (s->index > 0 && !s->job->prefix_known)) {
             e->waiting[kept++] = s;
             continue;
         }
@@ -116,7 +132,8 @@ static int admit(rast_engine *e, rast_error *err) {
     }
     memmove(&e->waiting[kept], &e->waiting[i], (e->n_waiting - i) * sizeof(rast_sample *));
     e->n_waiting = kept + (e->n_waiting - i);
-    return admitted < 0 ? rast_fail(err, RAST_ERR_MEMORY, "no memory for another sample") : RAST_OK;
+    if (admitted >= 0 || e->n_running > 0) return RAST_OK; /* those that run need no more memory */
+    return rast_fail(err, RAST_ERR_MEMORY, "no memory for another sample");
 }
 
 /* Once the first sample has its prompt cached, its blocks serve the request's other samples. */
@@ -228,10 +245,13 @@ static rast_finish collect(rast_engine *e, rast_sample *s) {
 
 /* Room for all chunks that a step can give, so that collecting cannot fail. */
 static int make_room(rast_engine *e, rast_error *err) {
-    rast_chunk *chunks = rast_grow(e->chunks, &e->cap_chunks, e->n_waiting + 3 * (size_t)e->max_seqs, sizeof *chunks);
+    if (!e->failed) e->n_chunks = 0;
+    const size_t most = e->n_chunks + e->n_waiting + 3 * (size_t)e->max_seqs;
+    rast_chunk *chunks = rast_grow(e->chunks, &e->cap_chunks, most, sizeof *chunks);
     if (!chunks) return rast_fail(err, RAST_ERR_MEMORY, "no memory for the results of a step");
     e->chunks = chunks;
-    e->n_chunks = e->n_errors = 0;
+    e->n_errors = 0;
+    e->failed = 1; /* until the step has succeeded */
     return RAST_OK;
 }
 
@@ -242,8 +262,8 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     int status = make_room(e, err);
     if (status) return status;
     e->n_running = end_stopped(e, e->running, e->n_running);
-    e->n_waiting = end_stopped(e, e->waiting, e->n_waiting);
     status = admit(e, err);
+    e->n_waiting = end_stopped(e, e->waiting, e->n_waiting); /* those that found no room */
     if (status == RAST_OK && e->n_running) status = rast_plan_step(e, err);
     if (status == RAST_OK && e->n_running) status = rast_run_plan(e, err);
     if (status) return status;
@@ -270,6 +290,7 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     }
     e->n_running = kept;
     *n = e->n_chunks;
+    e->failed = 0;
     return RAST_OK;
 }
 

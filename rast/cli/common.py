@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +74,21 @@ def progress_bar() -> Iterator[Progress | None]:
             bars.update(tasks[what], completed=done)
 
         yield show
+
+
+@contextmanager
+def sequence_progress(shown: bool) -> Iterator[Callable[[int, int, int], None] | None]:
+    """A progress callback for `generate`, drawn on a terminal's standard error; None elsewhere."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("sequences, {task.fields[tokens]} tokens"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", tokens=0)
+        yield lambda done, total, tokens: bars.update(task, completed=done, total=total, tokens=tokens)
 
 
 def load_model(base: str, **options: Any) -> rast.RastForCausalLM:

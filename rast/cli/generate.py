@@ -56,7 +56,6 @@ def generate(
     bad_words_ids: Annotated[str | None, typer.Option(help="JSON list of lists of ids.")] = None,
     stop_strings: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="May be given several times.")] = None,
     max_time: Annotated[float | None, typer.Option(help="Seconds.")] = None,
-    num_assistant_tokens: Annotated[int | None, typer.Option(help="Drafts checked in one step.")] = None,
     transfer_start: Annotated[int | None, typer.Option(help="New tokens from the base alone first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default: from the system; shown at the end.")] = None,
     stream: Annotated[
@@ -95,11 +94,12 @@ def generate(
             "bad_words_ids": None if bad_words_ids is None else _json("--bad-words-ids", bad_words_ids),
             "stop_strings": stop_strings or None,
             "max_time": max_time,
-            "num_assistant_tokens": num_assistant_tokens,
             "transfer_start": transfer_start,
             "seed": seed,
         }
         options = {name: value for name, value in given.items() if value is not None}
+        if system is not None and not chat:
+            raise ValueError("--system needs --chat")
         texts = _read_prompts(prompt, file)
         model = common.load_model(
             base,
@@ -126,7 +126,10 @@ def generate(
             stream = one and not as_json and sys.stdout.isatty()
         streamer = TextStreamer(model.tokenizer, skip_prompt=True) if stream else None
         start = time.monotonic()
-        out: GenerateOutput = model.generate(ids, streamer=streamer, return_dict_in_generate=True, **options)
+        with common.sequence_progress(not stream and not quiet) as report:
+            out: GenerateOutput = model.generate(
+                ids, streamer=streamer, progress=report, return_dict_in_generate=True, **options
+            )
         seconds = time.monotonic() - start
 
         if as_json:
@@ -155,7 +158,10 @@ def _read_prompts(prompts: list[str] | None, files: list[Path] | None) -> list[s
             raise ValueError("no prompt: use --prompt, --file, or standard input")
         files = [Path("-")]
     for path in files or []:
-        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
+        try:
+            text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         texts.append(text.removesuffix("\n"))
     return texts
 

@@ -7,7 +7,7 @@
 #include "../../csrc/backends/cpu/cpu.h"
 #include "../../csrc/rng.h"
 
-#include <float.h>
+#include <fenv.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -735,6 +735,37 @@ static void test_pool(const char *name) {
     }
 }
 
+typedef struct {
+    const cpu_kernels *k;
+    const float *x;
+    float *y;
+} rounding_args;
+
+static void rounding_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const rounding_args *a = args;
+    (void)worker;
+    a->k->dot[RAST_F32][RAST_F32](a->x, 0, 1, a->x + unit, 0, 1, 40, a->y + unit, 1);
+}
+
+/* Results do not depend on the rounding mode that the caller's thread happens to be in. */
+static void test_rounding_mode(const char *name) {
+    enum { UNITS = 500 };
+    float x[UNITS + 40], y[2][UNITS];
+    device d = device_open(3, name);
+    for (size_t i = 0; i < UNITS + 40; i++) x[i] = uniform();
+    for (int i = 0; i < 2; i++) {
+        const rounding_args a = {cpu_queue_kernels(d.q), x, y[i]};
+        CHECK(fesetround(i ? FE_UPWARD : FE_TONEAREST) == 0, "fesetround");
+        ops->begin(d.q, 0);
+        cpu_record(d.q, rounding_unit, UNITS, &a, sizeof a, 0);
+        submit(&d);
+        CHECK(fegetround() == (i ? FE_UPWARD : FE_TONEAREST), "the caller's rounding mode is gone");
+    }
+    fesetround(FE_TONEAREST);
+    CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0, "the caller's rounding mode matters");
+    device_close(&d);
+}
+
 /* A child of fork() has no threads: submit must say so. */
 static void test_fork(const char *name) {
     device d = device_open(2, name);
@@ -827,6 +858,7 @@ int main(void) {
     const size_t n = cpu_kernels_available(kernels);
     test_device_errors();
     test_pool(kernels[0]->name);
+    test_rounding_mode(kernels[0]->name);
     test_fork(kernels[0]->name);
     for (size_t i = 0; i < n; i++) test_isa(kernels[i]);
     printf("test_cpu_ops: %zu instruction sets, %zu checks passed\n", n, n_checks);

@@ -90,8 +90,8 @@ typedef struct { /* one row and K/V head of a model, and the keys it sees: [lo, 
 
 static place place_of(const attention_args *a, size_t unit) {
     const size_t n_rows = (size_t)cpu_ints(a->pass.count)[RAST_OF_ROWS], n_kv = (size_t)a->kv.n_kv_heads;
-    const size_t r = unit / n_kv % n_rows;
-    place p = {.model = unit / n_kv / n_rows, .head = unit % n_kv, .hi = (size_t)cpu_ints(a->pass.pos)[r] + 1};
+    const size_t r = unit % n_rows; /* rows of a head follow each other: they share keys */
+    place p = {.model = unit / n_rows / n_kv, .head = unit / n_rows % n_kv, .hi = (size_t)cpu_ints(a->pass.pos)[r] + 1};
     p.seg = (size_t)cpu_ints(a->pass.row_seg)[r];
     p.row = p.model * (size_t)a->pass.cap_rows + r;
     p.lo = a->window && p.hi > a->window ? p.hi - a->window : 0;

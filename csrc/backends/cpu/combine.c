@@ -428,6 +428,7 @@ static const out_plan *record_plan(rast_queue *q, const rast_logits *l, size_t n
             if (l->terms[m].n_rows < plan[o].limit) plan[o].limit = l->terms[m].n_rows;
             if (m > 0 && l->terms[m].n_uncommon > 0) plan[o].has_uncommon = 1;
         }
+        if (d->limit > 0 && d->limit < plan[o].limit) plan[o].limit = d->limit;
         if (scores) plan[o].row = (float *)l->scores + o * n_vocab;
         if (!draw_has_filter(d) || !(scores || d->target == -1)) continue;
         *any_filter = 1;

@@ -149,7 +149,14 @@ static size_t cpu_free_memory(rast_ctx *ctx) {
     const size_t used = read_number("/sys/fs/cgroup/memory.current", "", 1);
     struct rlimit limit;
     (void)ctx;
-    if (group != SIZE_MAX && used != SIZE_MAX) available = less(available, group > used ? group - used : 0);
+    if (group != SIZE_MAX && used != SIZE_MAX) { /* file pages, mapped weights among them, give way */
+        const size_t idle = read_number("/sys/fs/cgroup/memory.stat", "inactive_file ", 1);
+        const size_t busy = read_number("/sys/fs/cgroup/memory.stat", "active_file ", 1);
+        size_t left = group > used ? group - used : 0;
+        if (idle != SIZE_MAX) left += idle;
+        if (busy != SIZE_MAX) left += busy;
+        available = less(available, left);
+    }
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
         const size_t mapped = read_number("/proc/self/status", "VmSize:", 1024), most = (size_t)limit.rlim_cur;
         if (mapped != SIZE_MAX) available = less(available, most > mapped ? most - mapped : 0);

@@ -1,6 +1,7 @@
 /* isa_avx512.c: the kernels for AVX-512 (F, BW, VL, DQ). */
 #if defined(__x86_64__)
 #define ISA_NAME "avx512"
+#define DOT_BF16_NATIVE 0
 #include "avx512.h"
 #include "kernels.inc"
 

@@ -4,15 +4,13 @@
 
 #define ISA_NAME "portable"
 #define LANES 4
-#define TILE_W 4
 #define TILE_X 2
-#define STREAM_W 2
+#define DOT_BF16_NATIVE 0
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
 static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
-static inline float v_sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 static inline float half_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
@@ -45,9 +43,10 @@ static inline uint16_t float_to_half(float f) {
 }
 
 static inline vf v_load_bf16(const void *p) {
+    typedef uint32_t wide __attribute__((vector_size(4 * LANES)));
     uint16_t h __attribute__((vector_size(2 * LANES)));
     memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vi) << 16);
+    return (vf)(__builtin_convertvector(h, wide) << 16);
 }
 
 static inline vf v_load_f16(const void *p) {
@@ -62,6 +61,11 @@ static inline void v_store_f16(void *p, vf v) {
     uint16_t h[LANES];
     for (int i = 0; i < LANES; i++) h[i] = float_to_half(v[i]);
     memcpy(p, h, sizeof h);
+}
+
+static inline void v_sum4(vf a, vf b, vf c, vf d, float *y) {
+    const vf all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) y[i] = (all[i][0] + all[i][2]) + (all[i][1] + all[i][3]);
 }
 
 #include "kernels.inc"

@@ -51,7 +51,7 @@ typedef struct {
     void (*random)(uint64_t stream, uint32_t position, uint32_t first, size_t n, uint32_t *r);
 } cpu_kernels;
 
-/* NULL-terminated, best last; only those that this machine can run */
+/* Those that this machine can run, best last; returns how many. */
 size_t cpu_kernels_available(const cpu_kernels *out[8]);
 
 #endif

@@ -5,6 +5,7 @@
  */
 #include "pool.h"
 
+#include <fenv.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -85,6 +86,7 @@ static void *worker_main(void *arg) {
     const struct start *start = arg;
     cpu_pool *pool = start->pool;
     unsigned seen = 0;
+    fesetenv(FE_DFL_ENV);
     for (;;) {
         wait_for_change(&pool->begun, seen);
         seen = atomic_load(&pool->begun.value);
@@ -142,6 +144,7 @@ void cpu_pool_free(cpu_pool *pool) {
 int cpu_pool_run(cpu_pool *pool, cpu_task *tasks, size_t n_tasks, void *const *scratch, rast_error *err) {
     if (pool->owner != getpid())
         return rast_fail(err, RAST_ERR_DEVICE, "a model made before fork() has no threads in the child: load it there");
+    fenv_t before;
     int shared = 0;
     for (size_t t = 0; t < n_tasks; t++) shared |= tasks[t].n_units > 1;
     pool->tasks = tasks;
@@ -151,7 +154,10 @@ int cpu_pool_run(cpu_pool *pool, cpu_task *tasks, size_t n_tasks, void *const *s
         atomic_store(&pool->open, 1);
         signal_change(&pool->begun);
     }
+    fegetenv(&before);
+    fesetenv(FE_DFL_ENV); /* all threads round alike, whatever the caller has set */
     work(pool, 0);
+    fesetenv(&before);
     atomic_store(&pool->open, 0);
     for (int i = 0; atomic_load(&pool->inside); i++) { /* the tasks are theirs until they have left */
         if (i < SPINS)
