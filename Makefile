@@ -58,7 +58,7 @@ test-sanitize: $(VENV)/dev.stamp
 	RAST_SANITIZE=1 CC=$(CC) $(BIN)/python setup.py -q build --build-base build/sanitize/package --build-lib build/sanitize/lib
 	RAST_SANITIZE=1 CC=$(CC) $(BIN)/python -m pytest -q tests/test_c.py
 	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/lib \
-	    $(BIN)/pytest -q --noconftest tests/test_binding.py
+	    $(BIN)/pytest -q --noconftest tests/test_binding.py tests/test_engine.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) rast/_core.*.so
