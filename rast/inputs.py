@@ -64,6 +64,8 @@ def read_prompts(input_ids: Ids, attention_mask: Mask | None = None) -> Prompts:
 
 def as_array(value: Any, name: str) -> NDArray[Any]:
     """NumPy's array of value, or an error that names the argument."""
+    if isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value) and name == "input_ids":
+        raise TypeError(f"{name} must hold integers, not booleans")
     try:
         return np.asarray(value)
     except ValueError:

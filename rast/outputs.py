@@ -26,7 +26,7 @@ class GenerateOutput:
     finish_reason: list[str]
     """For each row "eos", "length", "stop" (a stop string) or "time"."""
     logprob: NDArray[np.float32]
-    """`[R, T]` log-softmax of the combined, unprocessed logits at each new token."""
+    """`[R, T]` log-softmax of the combined, unprocessed logits at each new token, over the ids that can be drawn."""
     base_logprob: NDArray[np.float32]
     """`[R, T]` the base's own log-probability of the token: `logprob - base_logprob` is what the transfer added."""
     base_token: NDArray[np.int64]
@@ -76,7 +76,8 @@ class ScoreOutput:
     prompt has nothing before it, so that place and padding hold NaN (`base_token`: −1)."""
 
     logprob: NDArray[np.float32]
-    """Log-probability of each token given those before it, under the combined model."""
+    """Log-probability of each token given those before it, under the combined model, over the ids that can be
+    drawn (not over rows beyond the tokenizer)."""
     base_logprob: NDArray[np.float32]
     """The same under the base alone."""
     base_token: NDArray[np.int64]
