@@ -314,3 +314,17 @@ def test_gguf_without_a_known_vocabulary() -> None:
         tokenizer, warnings = gguf_tokenizer(metadata, PATH)
         assert tokenizer is None
         assert "token ids only" in warnings[0]
+
+
+def test_text_and_ids_of_the_wrong_kind(smol: Tokenizer) -> None:
+    ids = smol.encode("Paris")
+    assert smol.decode(ids[0]) == smol.decode(ids[:1])
+    assert smol.decode([]) == ""
+    with pytest.raises(ValueError, match="Unicode"):
+        smol.encode("a\ud800")
+    with pytest.raises(TypeError, match="string"):
+        smol.encode(b"a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="one by one"):
+        smol.decode(ids[None])
+    with pytest.raises(ValueError, match="-1"):
+        smol.decode([-1])

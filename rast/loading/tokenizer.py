@@ -72,11 +72,22 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> NDArray[np.int32]:
         """Ids of `text`, int32 [n]. Special tokens written in the text are recognised; `add_special_tokens` adds those
         the model begins (or ends) a text with, which the output of `apply_chat_template` already has."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text is not valid Unicode: {error.reason} at character {error.start}") from None
         return np.array(self.backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
 
     def decode(self, ids: ArrayLike, skip_special_tokens: bool = True) -> str:
-        """Text of `ids` [n]; ids without a token give nothing."""
-        return str(self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens))
+        """Text of `ids` [n] or of one id; ids without a token give nothing."""
+        array = np.atleast_1d(np.asarray(ids))
+        if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+            raise TypeError(f"ids must be integers [n], not {array.dtype} {list(array.shape)}: decode rows one by one")
+        if len(array) and array.min() < 0:
+            raise ValueError(f"{array.min()} is not a token id")
+        return str(self.backend.decode(array.astype(np.int64).tolist(), skip_special_tokens=skip_special_tokens))
 
     def token_of(self, id: int) -> str | None:
         """The token as the vocabulary writes it, None for an id without one."""
