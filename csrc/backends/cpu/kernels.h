@@ -38,11 +38,11 @@ typedef struct {
 
     /* Partial attention of n_q query heads that share one K/V head, of one row, over keys [lo, hi) of the blocks given:
      * k, v: [ceil(hi/32)] pointers to this head's K and V in each block (first needed is lo/32). q: [n_q, head_dim]
-     * float32, already scaled. Out: m, l [n_q] (max score, sum of exp), acc [n_q, head_dim] (unnormalised). hi > lo. */
+     * float32, already scaled. Out: m, l [n_q] (max score, sum of exp), acc [n_q, head_dim] (unnormalised). lo < hi <= 256. */
     void (*attend)(const float *q, size_t n_q, size_t head_dim, const void *const *k, const void *const *v,
                    int32_t type, size_t lo, size_t hi, float *m, float *l, float *acc);
 
-    /* e[i] = exp(x[i]), relative error below 2e-7, exp(-inf) = 0; n a multiple of CPU_LANES */
+    /* e[i] = exp(x[i]) for x <= 88 (beyond: e^88), relative error below 2e-7, exp(-inf) = 0; n a multiple of CPU_LANES */
     void (*exp)(const float *x, float *e, size_t n);
     /* Adds n (a multiple of CPU_LANES) ids to the statistics; base NULL: combined only. -inf entries weigh nothing. */
     void (*tile_stats)(const float *combined, const float *base, size_t n, cpu_stats *s);
