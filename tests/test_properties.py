@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import FULL, ModelZoo, assert_logits_close, hf_logits, load_hf, load_rast, log_softmax
 
@@ -169,6 +169,8 @@ JUNK = st.one_of(
 )
 def test_junk_options(models: list[Any], name: str, value: Any) -> None:
     """TypeError or ValueError that names the option, or a result."""
+    if name == "num_return_sequences" and isinstance(value, int):
+        assume(not 1000 < value <= 2**24)  # a lawful wish, and minutes of work
     try:
         out = models[0].generate(np.array([[1, 2, 3]]), **({"do_sample": True, "max_length": 6} | {name: value}))
     except (TypeError, ValueError, OverflowError) as error:
