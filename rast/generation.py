@@ -157,7 +157,7 @@ _OPTIONS: dict[str, _Option] = {
     "top_p": _Option(_number(lambda x: 0 < x <= 1, "a float > 0 and <= 1"), 1.0, 1.0),
     "min_p": _Option(_number(lambda x: 0 <= x <= 1, "a float in the [0, 1] interval"), 0.0, 0.0),
     "repetition_penalty": _Option(_number(lambda x: x > 0, "a strictly positive float"), 1.0, 1.0),
-    "num_return_sequences": _Option(_integer(1), 1, 1),
+    "num_return_sequences": _Option(_integer(1, 2**24), 1, 1),
     "eos_token_id": _Option(_one_or_more_ids, _NO_IDS, _NO_IDS),
     "pad_token_id": _Option(_token_id, None),
     "bad_words_ids": _Option(_id_sequences, (), ()),
