@@ -12,6 +12,8 @@ import torch
 import transformers
 from oracle import ModelZoo
 
+from rast import _core
+
 torch.set_num_threads(1)  # the models are small, and rast has threads of its own
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -23,12 +25,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> ModelZoo:
     return ModelZoo(tmp_path_factory.mktemp("zoo"))
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.fixture(params=_core.cpu_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this machine has, forced on the models loaded in the test."""
-    from rast import _core
-
-    if request.param not in _core.cpu_isas():
-        pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("RAST_CPU_ISA", request.param)
     return str(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"instruction sets tested: {', '.join(_core.cpu_isas())}")
