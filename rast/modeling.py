@@ -207,6 +207,8 @@ class RastForCausalLM:
         by_key: dict[Hashable, int] = {}
 
         def load(source: Source, role: str, revision: str | None = None) -> int:
+            if not isinstance(source, str | os.PathLike):
+                raise TypeError(f"{role} must be a folder, a Hugging Face Hub id or a .gguf file, not {source!r}")
             asked = (os.fspath(source), revision)
             if asked not in by_source:
                 loaded = load_net(
@@ -369,7 +371,7 @@ class RastForCausalLM:
         results = self._run(requests, on_tokens)
         if streamer is not None:
             streamer.end()
-        return _generated(prompts, opts, results, self.vocab_size)
+        return _generated(prompts, opts, results, self.vocab_size, self.tokenizer)
 
     def stream(
         self,
@@ -671,7 +673,11 @@ def _raise_error(result: _core.Result, n_prompts: int) -> None:
 
 
 def _generated(
-    prompts: Prompts, opts: GenerationOptions, results: list[_core.Result], n_vocab: int
+    prompts: Prompts,
+    opts: GenerationOptions,
+    results: list[_core.Result],
+    n_vocab: int,
+    tokenizer: Tokenizer | None,
 ) -> NDArray[np.int64] | GenerateOutput:
     """Results of all samples as padded arrays."""
     width = prompts.longest
@@ -697,7 +703,7 @@ def _generated(
     def steps(name: Literal["scores", "logits"]) -> tuple[NDArray[np.float32], ...]:
         return tuple(padded(name).swapaxes(0, 1))
 
-    return GenerateOutput(
+    output = GenerateOutput(
         sequences=sequences,
         new_lengths=lengths,
         finish_reason=[result["finish"] for result in results],
@@ -709,3 +715,5 @@ def _generated(
         scores=steps("scores") if opts.output_scores else None,
         logits=steps("logits") if opts.output_logits else None,
     )
+    output.tokenizer = tokenizer
+    return output

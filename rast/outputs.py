@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rast.loading import Tokenizer
 
 __all__ = ["ForwardOutput", "GenerateOutput", "ScoreOutput"]
 
@@ -17,6 +21,9 @@ class GenerateOutput:
 
     R = batch · num_return_sequences rows (the copies of a prompt are neighbours), T = most new tokens of a row. Arrays
     of `[R, T]` are padded behind a row's end: with NaN, `base_token` with −1.
+
+    A notebook shows the new tokens as text, coloured by what the transfer did to each token's probability. For this the
+    attribute `tokenizer` holds the model's, or None (ids are shown). It is no field, and not in pickles and copies.
     """
 
     sequences: NDArray[np.int64]
@@ -40,6 +47,12 @@ class GenerateOutput:
     logits: tuple[NDArray[np.float32], ...] | None = None
     """With `output_logits`: T arrays `[R, vocab]`, combined and unprocessed; finished rows NaN."""
 
+    def __post_init__(self) -> None:
+        self.tokenizer: Tokenizer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tokenizer": None}  # it can be large, and a compiled chat template cannot be pickled
+
     def new_tokens(self) -> list[NDArray[np.int64]]:
         """The new ids of each row, without prompt and padding."""
         start = self.sequences.shape[1] - self.logprob.shape[1]
@@ -51,6 +64,11 @@ class GenerateOutput:
             f"GenerateOutput({len(self.sequences)} sequences, {int(self.new_lengths.sum())} new tokens, "
             f"finished by {reasons}, seed {self.seed})"
         )
+
+    def _repr_html_(self) -> str:
+        from rast.display import as_html
+
+        return as_html(self.tokenizer, self)
 
 
 @dataclass(repr=False, eq=False)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from oracle import ModelZoo, details, edit_json, load_rast, make_config, make_model
 
+import rast
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -567,3 +569,19 @@ def test_no_memory(zoo: ModelZoo) -> None:
         [sys.executable, "-c", textwrap.dedent(code), str(folder)], capture_output=True, text=True, timeout=300
     )
     assert done.stdout == "done\n", (done.returncode, done.stdout, done.stderr[-3000:])
+
+
+@pytest.mark.parametrize("source", [5, None, b"model", ["model"]])
+def test_sources_of_the_wrong_type(zoo: ModelZoo, source: Any) -> None:
+    base, expert, _ = zoo.trio()
+    load = rast.RastForCausalLM.from_pretrained
+    with pytest.raises(TypeError, match=r"^base must be"):
+        load(source)
+    pairs = [rast.TransferPair(expert), rast.TransferPair(source)]
+    with pytest.raises(TypeError, match=r"^expert 2 must be"):
+        load(base, pairs=pairs)
+    if source is not None:
+        with pytest.raises(TypeError, match=r"^expert must be"):
+            load(base, expert=source)
+        with pytest.raises(TypeError, match=r"^antiexpert must be"):
+            load(base, expert=expert, antiexpert=source)
