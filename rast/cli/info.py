@@ -12,6 +12,7 @@ from rast.cli import common
 
 
 def info(
+    ctx: typer.Context,
     base: common.Base,
     expert: common.Expert = None,
     antiexpert: common.Antiexpert = None,
@@ -33,20 +34,7 @@ def info(
     with common.report_errors(debug):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # they are part of the output
-            model = common.load_model(
-                base,
-                expert=expert,
-                antiexpert=antiexpert,
-                pairs=common.parse_pairs(pair),
-                transfer_strength=transfer_strength,
-                device=device,
-                dtype=dtype,
-                num_threads=num_threads,
-                max_context=max_context,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
+            model = common.load_model(ctx)
         facts = model.info()
         if check:
             facts["not_finite"] = _check([net["path"] for net in facts["nets"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -78,7 +79,13 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text is not valid Unicode: {error.reason} at character {error.start}") from None
-        return np.array(self.backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except MemoryError:
+            raise
+        except Exception as error:  # the library raises plain Exception, for a word outside a closed vocabulary
+            raise ValueError(f"the tokenizer cannot encode {reprlib.repr(text)}: {error}") from error
+        return np.array(encoding.ids, np.int32)
 
     def decode(self, ids: ArrayLike, skip_special_tokens: bool = True) -> str:
         """Text of `ids` [n] or of one id; ids without a token give nothing."""
