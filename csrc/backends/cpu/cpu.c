@@ -12,7 +12,7 @@
 #include "ops.h"
 #include "pool.h"
 
-enum { ALIGN = 64, HEADER = 4096, GRAINS = 4 /* pieces of a task for each thread, at least */ };
+enum { ALIGN = 64, HEADER = 4096 };
 
 struct rast_ctx {
     const cpu_kernels *kernels;
@@ -265,7 +265,8 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
                 size_t scratch_bytes) {
     if (n_units == 0) return;
     void *copy = cpu_temp(q, args_bytes);
-    if (!copy) return;
+    if (n_units > UINT32_MAX) q->failed = 1;
+    if (!copy || q->failed) return;
     memcpy(copy, args, args_bytes);
     if (q->n_tasks == q->cap_tasks) {
         const size_t cap = q->cap_tasks ? 2 * q->cap_tasks : 64;
@@ -277,14 +278,7 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
         q->tasks = tasks;
         q->cap_tasks = cap;
     }
-    const size_t pieces = (size_t)q->ctx->n_threads * GRAINS, grain = n_units / pieces;
-    cpu_task *task = &q->tasks[q->n_tasks++];
-    task->fn = fn;
-    task->args = copy;
-    task->n_units = n_units;
-    task->grain = grain > 8 ? 8 : grain ? grain : 1;
-    atomic_init(&task->next, 0);
-    atomic_init(&task->done, 0);
+    q->tasks[q->n_tasks++] = (cpu_task){fn, copy, (uint32_t)n_units};
     if (scratch_bytes > q->scratch_bytes) q->scratch_bytes = scratch_bytes;
 }
 

@@ -1,7 +1,9 @@
 /* pool.c: threads that run a list of tasks together.
  *
- * Whoever is free takes the next units of the current task from its counter, so a thread that the system has put aside
- * holds up no more than the units it has in hand. Waiting is a bounded spin, then a futex.
+ * One word, the ticket, says which task runs and how many of its units nobody has taken. A thread takes units by
+ * lowering it; whoever finishes a task's last unit puts up the next task. So a thread that the system has put aside holds
+ * up no more than the units it has in hand, and one that has none holds up nothing: it touches the tasks only while it
+ * owns units of them. Waiting is a bounded spin, then a futex.
  */
 #include "pool.h"
 
@@ -9,8 +11,8 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -18,11 +20,7 @@
 
 #include "../../error.h"
 
-enum { SPINS = 4000 };
-
-typedef struct { /* a number that threads wait to change */
-    atomic_uint value, sleepers;
-} signal_word;
+enum { SPINS = 4000, PIECES = 4 /* a thread's share of what is left of a task is taken in so many */ };
 
 struct cpu_pool {
     int32_t n_threads, n_started;
@@ -32,13 +30,18 @@ struct cpu_pool {
         int32_t thread;
     } *starts;
     pid_t owner;
-    cpu_task *tasks;
-    size_t n_tasks;
+    /* of the run; read only by who owns units */
+    const cpu_task *tasks;
     void *const *scratch;
-    atomic_int open, inside, quit;  /* tasks may be worked on; threads that do; the end */
-    _Alignas(64) signal_word begun; /* counts runs */
-    _Alignas(64) signal_word ended; /* counts tasks, over all runs */
+    uint32_t first, n_tasks;           /* number of the first task; tasks have numbers that go on from run to run */
+    _Alignas(64) atomic_ullong ticket; /* number of the task << 32 | units not yet taken; 0 units: wait */
+    _Alignas(64) atomic_uint done;     /* units of the task that are finished */
+    _Alignas(64) atomic_uint number;   /* the ticket's number again, to sleep on */
+    atomic_uint sleepers;
+    atomic_int quit;
 };
+
+static uint32_t number_of(unsigned long long ticket) { return (uint32_t)(ticket >> 32); }
 
 static void pause_a_little(void) {
 #if defined(__x86_64__)
@@ -46,56 +49,55 @@ static void pause_a_little(void) {
 #endif
 }
 
-static void signal_change(signal_word *w) {
-    atomic_fetch_add(&w->value, 1);
-    if (atomic_load(&w->sleepers)) syscall(SYS_futex, &w->value, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+static void put_up(cpu_pool *pool, uint32_t number, uint32_t n_units) {
+    atomic_store(&pool->ticket, (unsigned long long)number << 32 | n_units);
+    atomic_store(&pool->number, number);
+    if (atomic_load(&pool->sleepers)) syscall(SYS_futex, &pool->number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
-/* Returns when the value is no longer `seen`. */
-static void wait_for_change(signal_word *w, unsigned seen) {
+/* Returns when the task is no longer `number`. */
+static void wait_for_next(cpu_pool *pool, uint32_t number) {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&w->value, memory_order_acquire) != seen) return;
+        if (number_of(atomic_load_explicit(&pool->ticket, memory_order_acquire)) != number) return;
         pause_a_little();
     }
-    atomic_fetch_add(&w->sleepers, 1);
-    while (atomic_load(&w->value) == seen) syscall(SYS_futex, &w->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-    atomic_fetch_sub(&w->sleepers, 1);
+    atomic_fetch_add(&pool->sleepers, 1);
+    while (atomic_load(&pool->number) == number)
+        syscall(SYS_futex, &pool->number, FUTEX_WAIT_PRIVATE, number, NULL, NULL, 0);
+    atomic_fetch_sub(&pool->sleepers, 1);
 }
 
-static void work(cpu_pool *pool, int32_t thread) {
+/* Runs n units that this thread owns. */
+static void run_units(cpu_pool *pool, int32_t thread, uint32_t number, uint32_t left, uint32_t n) {
+    const uint32_t t = number - pool->first;
+    const cpu_task task = pool->tasks[t]; /* not ours to read once our units count as done */
     const cpu_worker worker = {thread, pool->scratch[thread]};
-    for (size_t t = 0; t < pool->n_tasks; t++) {
-        cpu_task *task = &pool->tasks[t];
-        const size_t n = task->n_units;
-        for (;;) {
-            const size_t first = atomic_fetch_add(&task->next, task->grain);
-            if (first >= n) break;
-            const size_t end = first + task->grain < n ? first + task->grain : n;
-            for (size_t u = first; u < end; u++) task->fn(task->args, u, &worker);
-            if (atomic_fetch_add(&task->done, end - first) + (end - first) == n) signal_change(&pool->ended);
-        }
-        for (;;) {
-            const unsigned seen = atomic_load(&pool->ended.value);
-            if (atomic_load(&task->done) >= n) break;
-            wait_for_change(&pool->ended, seen);
-        }
+    const uint32_t first = task.n_units - left;
+    for (uint32_t u = first; u < first + n; u++) task.fn(task.args, u, &worker);
+    if (atomic_fetch_add(&pool->done, n) + n < task.n_units) return;
+    atomic_store(&pool->done, 0);
+    put_up(pool, number + 1, t + 1 < pool->n_tasks ? pool->tasks[t + 1].n_units : 0);
+}
+
+/* Works until the task is number `end`; a worker, which has no end, until the pool quits. */
+static void work(cpu_pool *pool, int32_t thread, uint32_t end) {
+    const uint32_t share = (uint32_t)pool->n_threads * PIECES;
+    for (;;) {
+        unsigned long long ticket = atomic_load(&pool->ticket);
+        const uint32_t number = number_of(ticket), left = (uint32_t)ticket, n = left < share ? 1 : left / share;
+        if (thread ? atomic_load(&pool->quit) : number == end) return;
+        if (left == 0)
+            wait_for_next(pool, number);
+        else if (atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - n))
+            run_units(pool, thread, number, left, n);
     }
 }
 
 static void *worker_main(void *arg) {
     const struct start *start = arg;
-    cpu_pool *pool = start->pool;
-    unsigned seen = 0;
     fesetenv(FE_DFL_ENV);
-    for (;;) {
-        wait_for_change(&pool->begun, seen);
-        seen = atomic_load(&pool->begun.value);
-        if (atomic_load(&pool->quit)) return NULL;
-        /* one who comes late finds the run closed and leaves its memory alone */
-        atomic_fetch_add(&pool->inside, 1);
-        if (atomic_load(&pool->open)) work(pool, start->thread);
-        atomic_fetch_sub(&pool->inside, 1);
-    }
+    work(start->pool, start->thread, 0);
+    return NULL;
 }
 
 int cpu_pool_new(int32_t n_threads, cpu_pool **out, rast_error *err) {
@@ -133,7 +135,7 @@ void cpu_pool_free(cpu_pool *pool) {
     if (!pool) return;
     if (pool->owner == getpid()) { /* after fork() the threads are not ours */
         atomic_store(&pool->quit, 1);
-        signal_change(&pool->begun);
+        put_up(pool, number_of(atomic_load(&pool->ticket)) + 1, 0);
         for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->threads[i], NULL);
     }
     free(pool->threads);
@@ -141,29 +143,19 @@ void cpu_pool_free(cpu_pool *pool) {
     free(pool);
 }
 
-int cpu_pool_run(cpu_pool *pool, cpu_task *tasks, size_t n_tasks, void *const *scratch, rast_error *err) {
+int cpu_pool_run(cpu_pool *pool, const cpu_task *tasks, size_t n_tasks, void *const *scratch, rast_error *err) {
+    fenv_t before;
     if (pool->owner != getpid())
         return rast_fail(err, RAST_ERR_DEVICE, "a model made before fork() has no threads in the child: load it there");
-    fenv_t before;
-    int shared = 0;
-    for (size_t t = 0; t < n_tasks; t++) shared |= tasks[t].n_units > 1;
-    pool->tasks = tasks;
-    pool->n_tasks = n_tasks;
-    pool->scratch = scratch;
-    if (shared && pool->n_started) {
-        atomic_store(&pool->open, 1);
-        signal_change(&pool->begun);
-    }
+    if (n_tasks == 0) return RAST_OK;
     fegetenv(&before);
     fesetenv(FE_DFL_ENV); /* all threads round alike, whatever the caller has set */
-    work(pool, 0);
+    pool->tasks = tasks;
+    pool->n_tasks = (uint32_t)n_tasks;
+    pool->scratch = scratch;
+    pool->first = number_of(atomic_load(&pool->ticket)) + 1;
+    put_up(pool, pool->first, tasks[0].n_units);
+    work(pool, 0, pool->first + pool->n_tasks);
     fesetenv(&before);
-    atomic_store(&pool->open, 0);
-    for (int i = 0; atomic_load(&pool->inside); i++) { /* the tasks are theirs until they have left */
-        if (i < SPINS)
-            pause_a_little();
-        else
-            sched_yield();
-    }
     return RAST_OK;
 }

@@ -2,15 +2,12 @@
 #ifndef RAST_POOL_H
 #define RAST_POOL_H
 
-#include <stdatomic.h>
-
 #include "cpu.h"
 
 typedef struct {
     cpu_task_fn fn;
     const void *args;
-    size_t n_units, grain; /* grain: units taken at once */
-    atomic_size_t next, done;
+    uint32_t n_units; /* at least 1 */
 } cpu_task;
 
 typedef struct cpu_pool cpu_pool;
@@ -20,6 +17,6 @@ int cpu_pool_new(int32_t n_threads, cpu_pool **out, rast_error *err);
 void cpu_pool_free(cpu_pool *pool);
 
 /* Runs the tasks in order, a barrier between them. scratch: [n_threads] memory of each thread. */
-int cpu_pool_run(cpu_pool *pool, cpu_task *tasks, size_t n_tasks, void *const *scratch, rast_error *err);
+int cpu_pool_run(cpu_pool *pool, const cpu_task *tasks, size_t n_tasks, void *const *scratch, rast_error *err);
 
 #endif
