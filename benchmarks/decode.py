@@ -16,12 +16,10 @@ if "OPENBLAS_CORETYPE" in os.environ:  # it would bind NumPy's BLAS, read at imp
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import argparse
-import ctypes
 import gc
 import json
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +33,7 @@ import transformers
 from models import TRIOS, random_trio, smollm2_gguf
 
 import rast
+from rast import _core
 
 PROMPT_LENGTH = 32
 MOST_OTHER_WORK = 0.05  # share of the cores beyond which the results are called not comparable
@@ -52,15 +51,7 @@ def cpu_name() -> str:
 class MemoryRead:
     """Bytes a second that `threads` threads read from memory together, by a loop in C that does nothing else."""
 
-    def __init__(self, threads: int, folder: Path, bytes_each: int = 256 << 20):
-        library = folder / "memory_read.so"
-        source = Path(__file__).with_name("memory_read.c")
-        subprocess.run(
-            ["cc", "-O3", "-march=native", "-w", "-shared", "-fPIC", "-o", str(library), str(source)], check=True
-        )
-        self.read = ctypes.CDLL(str(library)).memory_read
-        self.read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self.read.restype = ctypes.c_uint64
+    def __init__(self, threads: int, bytes_each: int = 256 << 20):
         self.parts = [np.ones(bytes_each, dtype=np.uint8) for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
 
@@ -68,7 +59,7 @@ class MemoryRead:
         best = 0.0
         for _ in range(5):
             start = time.perf_counter()
-            list(self.pool.map(lambda x: self.read(x.ctypes.data, x.nbytes), self.parts))
+            list(self.pool.map(_core.memory_read, self.parts))
             best = max(best, sum(x.nbytes for x in self.parts) / (time.perf_counter() - start))
         return best
 
@@ -170,7 +161,7 @@ def main() -> None:
         gc.collect()
         info = trio.info()
         weights = [net["weight_bytes"] for net in info["nets"]]
-        read = MemoryRead(args.threads, Path(scratch))
+        read = MemoryRead(args.threads)
         report: dict[str, Any] = {
             "shape": shape,
             "cpu": cpu_name(),

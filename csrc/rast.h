@@ -113,6 +113,9 @@ RAST_API void rast_model_net_info(const rast_model *model, size_t net, rast_net_
 
 /* Writes the names of the ISAs that this machine can run, best last, into out[]; returns how many. */
 RAST_API size_t rast_cpu_isas(const char *out[8]);
+/* Reads every byte once, at the memory's speed for one thread; returns the exclusive or of all little-endian 64-bit words
+ * (the last one filled up with zeros). For measuring. */
+RAST_API uint64_t rast_memory_read(const void *data, size_t bytes);
 
 /* ---- the engine -------------------------------------------------------------------------------------------------- */
 

@@ -37,6 +37,7 @@ typedef struct {
 extern PyType_Spec py_model_spec, py_engine_spec;
 
 PyObject *py_cpu_isas(PyObject *module, PyObject *unused);
+PyObject *py_memory_read(PyObject *module, PyObject *array);
 
 /* A model and its engines belong to one call at a time. Claims the model, or sets RuntimeError and returns -1. */
 int py_model_claim(py_model *self);

@@ -386,6 +386,18 @@ PyType_Spec py_model_spec = {
     .slots = model_slots,
 };
 
+PyObject *py_memory_read(PyObject *module, PyObject *array) {
+    (void)module;
+    Py_buffer view;
+    uint64_t sum;
+    if (PyObject_GetBuffer(array, &view, PyBUF_SIMPLE)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    sum = rast_memory_read(view.buf, (size_t)view.len);
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 PyObject *py_cpu_isas(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     const char *names[8];

@@ -1,4 +1,4 @@
-"""The command line: `rast demo`, `rast generate`, `rast info`. Each command is a file of its own."""
+"""The command line: `rast bench`, `rast demo`, `rast generate`, `rast info`. Each command is a file of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import rast
+from rast.cli.bench import bench
 from rast.cli.demo import demo
 from rast.cli.generate import generate
 from rast.cli.info import info
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(bench)
 app.command()(demo)
 app.command()(generate)
 app.command()(info)
