@@ -85,7 +85,8 @@ AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
 $(BUILD)/obj/backends/cpu/isa_avx2.o: ISA := $(AVX2)
 $(BUILD)/obj/backends/cpu/isa_avx512.o: ISA := $(AVX512)
-$(BUILD)/obj/backends/cpu/isa_avx512bf16.o: ISA := $(AVX512) -mavx512bf16
+$(BUILD)/obj/backends/cpu/isa_avx512vnni.o: ISA := $(AVX512) -mavx512vnni
+$(BUILD)/obj/backends/cpu/isa_avx512bf16.o: ISA := $(AVX512) -mavx512vnni -mavx512bf16
 endif
 
 OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/*.c csrc/engine/*.c csrc/model/*.c csrc/backends/cpu/*.c))

@@ -26,7 +26,8 @@ AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512d
 ISA_FLAGS = {  # what a file may use; which of them runs is decided at run time
     "isa_avx2.c": AVX2_FLAGS,
     "isa_avx512.c": AVX512_FLAGS,
-    "isa_avx512bf16.c": [*AVX512_FLAGS, "-mavx512bf16"],
+    "isa_avx512vnni.c": [*AVX512_FLAGS, "-mavx512vnni"],
+    "isa_avx512bf16.c": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
 }
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 

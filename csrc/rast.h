@@ -43,13 +43,26 @@ typedef struct {
 
 /* ---- models ------------------------------------------------------------------------------------------------------ */
 
-typedef enum { RAST_F32 = 0, RAST_BF16 = 1, RAST_F16 = 2 } rast_dtype;
-#define RAST_N_DTYPES 3
+typedef enum {
+    RAST_F32 = 0,
+    RAST_BF16 = 1,
+    RAST_F16 = 2,
+    /* Matrices only. A row is blocks of a group of elements, little-endian and without padding; d and m are f16. The first
+     * three are GGUF's types of that name. */
+    RAST_Q8_0 = 3, /* group 32: d, 32 int8 q; d * q */
+    RAST_Q4_0 = 4, /* group 32: d, 16 bytes; d * (q - 8) */
+    RAST_Q4_1 =
+        5, /* group 32: d, m, 16 bytes; d * q + m; byte i holds q[i] in its low half and q[i + 16] in its high */
+    RAST_Q4_64 =
+        6, /* group 64: d, m, 32 bytes; d * q + m; bytes 0 to 15 hold q[0 .. 31] like that, the others q[32 .. 63] */
+} rast_dtype;
+#define RAST_N_DTYPES 3 /* of activations, vectors and rounding: the floats */
+#define RAST_N_TYPES 7
 
 typedef struct {
     const char *name; /* HuggingFace name, e.g. "model.layers.0.self_attn.q_proj.weight" */
     const void *data; /* row-major; aligned to its element; must stay valid and unchanged while the model lives */
-    int32_t dtype;    /* rast_dtype as stored */
+    int32_t dtype;    /* rast_dtype as stored; from RAST_Q8_0 on: rows of blocks, shape[1] a multiple of the group */
     int32_t n_dims;   /* 1 or 2 */
     size_t shape[2];  /* [out, in] for a matrix, [n] for a vector */
 } rast_tensor;
@@ -110,6 +123,15 @@ RAST_API int32_t rast_model_n_vocab(const rast_model *model); /* width of logits
 RAST_API const char *rast_model_isa(const rast_model *model); /* e.g. "avx512bf16"; static string */
 RAST_API int32_t rast_model_n_threads(const rast_model *model);
 RAST_API void rast_model_net_info(const rast_model *model, size_t net, rast_net_info *out);
+
+/* Elements of a group of the type, 1 for floats; 0 if there is no such type. */
+RAST_API size_t rast_type_group(int32_t type);
+/* Bytes of a row of n elements; 0: n is not a multiple of the group, or too large. */
+RAST_API size_t rast_row_bytes(int32_t type, size_t n);
+/* Quantizes n_rows rows of n elements of a float type to out, rows of rast_row_bytes(type, n): to nearest, for
+ * type RAST_Q8_0 (q within -127 .. 127), RAST_Q4_1 or RAST_Q4_64. A group with NaN or Inf becomes NaN. */
+RAST_API int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out,
+                           rast_error *err);
 
 /* Writes the names of the ISAs that this machine can run, best last, into out[]; returns how many. */
 RAST_API size_t rast_cpu_isas(const char *out[8]);

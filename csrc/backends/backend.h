@@ -29,10 +29,10 @@ typedef enum {
 typedef enum { RAST_COPY_TO_DEVICE = 0, RAST_COPY_TO_HOST = 1, RAST_COPY_ON_DEVICE = 2 } rast_copy_kind;
 
 typedef struct {
-    rast_dev data, scale, min; /* scale and min: quantized types; else 0 */
-    int32_t out, in;           /* y[out] = W[out, in] x[in]; a vector has out = 1 */
-    int32_t type, group;       /* rast_dtype as stored; group: elements that share a scale */
-    size_t stride;             /* bytes from one row to the next */
+    rast_dev data;
+    int32_t out, in; /* y[out] = W[out, in] x[in]; a vector has out = 1 */
+    int32_t type;    /* rast_dtype as stored */
+    size_t stride;   /* bytes from one row to the next */
 } rast_weight;
 
 typedef struct {                    /* y[m, r, :] = W_m x[m, r, :] + bias_m */

@@ -114,7 +114,7 @@ static int same_class(const rast_net_state *a, const rast_net_state *b) {
     const size_t n = rast_n_weights(x);
     for (size_t i = 0; i < n; i++) {
         const rast_weight *u = &a->weights[i], *v = &b->weights[i];
-        if (!u->data != !v->data || u->type != v->type || u->group != v->group) return 0;
+        if (!u->data != !v->data || u->type != v->type) return 0;
     }
     return 1;
 }

@@ -125,12 +125,19 @@ static int bind_one(rast_model *m, rast_net_state *net, const tensor_index *inde
         return rast_fail(err, RAST_ERR_VALUE, "%s: tensor %s has shape %s, the config asks for %s", net->name, name,
                          found, expected);
     }
-    if (t->dtype < 0 || t->dtype >= RAST_N_DTYPES)
-        return rast_fail(err, RAST_ERR_UNSUPPORTED, "%s: tensor %s has dtype %d; supported: F32, BF16, F16", net->name,
-                         name, t->dtype);
+    if (!rast_type_group(t->dtype) || (is_vector && t->dtype >= RAST_N_DTYPES))
+        return rast_fail(
+            err, RAST_ERR_UNSUPPORTED,
+            "%s: tensor %s has dtype %d; supported: F32, BF16, F16, and for matrices Q8_0, Q4_0, Q4_1, Q4_64",
+            net->name, name, t->dtype);
+    const size_t row_bytes = rast_row_bytes(t->dtype, n_in);
+    if (!row_bytes)
+        return rast_fail(err, RAST_ERR_VALUE,
+                         "%s: tensor %s has rows of %zu, which is not a multiple of its groups of %zu", net->name, name,
+                         n_in, rast_type_group(t->dtype));
     if (!t->data) return rast_fail(err, RAST_ERR_VALUE, "%s: tensor %s has no data", net->name, name);
     net->n_parameters += n_out * n_in;
-    net->weight_bytes += n_out * n_in * (t->dtype == RAST_F32 ? 4u : 2u);
+    net->weight_bytes += n_out * row_bytes;
     return m->ops->bind(m->ctx, t, out, err);
 }
 

@@ -37,9 +37,16 @@ typedef struct {
     int32_t has_uncommon;
 } out_plan;
 
+typedef struct {      /* hidden rows as the product with a term's head takes them */
+    const char *rows; /* [n_out] */
+    size_t stride;
+    cpu_dot_fn dot;
+} term_input;
+
 typedef struct {
     rast_logits l;
     const cpu_kernels *k;
+    const term_input *inputs; /* [n_terms] */
     const out_plan *plan;     /* [n_out] */
     span_part *parts;         /* [n_out, n_spans] */
     log_sum *term_sums;       /* [n_out, n_spans, n_terms] over common ids; NULL: no term has uncommon ids */
@@ -80,19 +87,19 @@ static uint32_t uncommon_bits(const combine_job *j, size_t o, size_t tile, uint3
 static size_t element_size(int32_t type) { return type == RAST_F32 ? 4 : 2; }
 
 /* y[i, 0 .. n_ids) = logits of ids first .. first + n_ids - 1 of outputs o .. o + n - 1, rows y_stride floats apart */
-static void term_logits(const rast_logits *l, const cpu_kernels *k, size_t m, size_t first, size_t n_ids, size_t o,
-                        size_t n, float *y, size_t y_stride) {
+static void term_logits(const combine_job *j, size_t m, size_t first, size_t n_ids, size_t o, size_t n, float *y,
+                        size_t y_stride) {
+    const rast_logits *l = &j->l;
     const rast_term *term = &l->terms[m];
+    const term_input *in = &j->inputs[m];
     if (term->saved) {
         const float *saved = (const float *)term->saved + o * (size_t)l->n_vocab + first;
         for (size_t i = 0; i < n; i++) memcpy(y + i * y_stride, saved + i * (size_t)l->n_vocab, n_ids * sizeof *y);
         return;
     }
     const rast_weight *head = term->head;
-    const size_t x_stride = (size_t)head->in * element_size(term->hidden_type);
-    k->dot[head->type][term->hidden_type]((const char *)head->data + first * head->stride, head->stride, n_ids,
-                                          (const char *)term->hidden + o * x_stride, x_stride, n, (size_t)head->in, y,
-                                          y_stride);
+    in->dot((const char *)head->data + first * head->stride, head->stride, n_ids, in->rows + o * in->stride, in->stride,
+            n, (size_t)head->in, y, y_stride);
 }
 
 /* The sum's one rounding sequence, whether over a tile or for one id. */
@@ -188,7 +195,7 @@ static void add_tile(const combine_job *j, const span_scratch *s, size_t m, size
     int needed = 0;
 
     for (size_t i = 0; i < n && !needed; i++) needed = needs_term(j, o + i, m);
-    if (needed && live) term_logits(l, j->k, m, first, live, o, n, y, DRAW_TILE);
+    if (needed && live) term_logits(j, m, first, live, o, n, y, DRAW_TILE);
     for (size_t i = 0; i < n; i++) {
         const rast_draw *d = draw_of(j, o + i);
         const float coef = coef_of(l, o + i)[m];
@@ -283,7 +290,7 @@ static void term_constants(const combine_job *j, size_t o, float *lse) {
 
 static float one_logit(const combine_job *j, size_t o, size_t m, size_t id) {
     float y = -INFINITY;
-    if (id < (size_t)j->l.terms[m].n_rows && id < (size_t)j->l.n_vocab) term_logits(&j->l, j->k, m, id, 1, o, 1, &y, 1);
+    if (id < (size_t)j->l.terms[m].n_rows && id < (size_t)j->l.n_vocab) term_logits(j, m, id, 1, o, 1, &y, 1);
     return y;
 }
 
@@ -438,6 +445,49 @@ static const out_plan *record_plan(rast_queue *q, const rast_logits *l, size_t n
     return plan;
 }
 
+typedef struct {
+    const cpu_kernels *k;
+    const rast_term *term;
+    cpu_group *groups; /* [n_out, in / 32] */
+} quantize_job;
+
+static void quantize_task(const void *args, size_t o, const cpu_worker *worker) {
+    const quantize_job *j = args;
+    const size_t n = (size_t)j->term->head->in;
+    const char *hidden = (const char *)j->term->hidden + o * n * element_size(j->term->hidden_type);
+    (void)worker;
+    j->k->quantize(hidden, j->term->hidden_type, n, j->groups + o * (n / CPU_GROUP));
+}
+
+/* Says where each term's hidden rows are, and records what quantizes them where the head is quantized; NULL: out of
+ * memory. */
+static const term_input *record_inputs(rast_queue *q, const rast_logits *l) {
+    const cpu_kernels *k = cpu_queue_kernels(q);
+    const size_t n_terms = (size_t)l->n_terms, n_out = (size_t)l->n_out;
+    term_input *inputs = temp_array(q, n_terms, 1, sizeof *inputs);
+    if (!inputs) return NULL;
+    for (size_t m = 0; m < n_terms; m++) {
+        const rast_term *term = &l->terms[m];
+        const rast_weight *head = term->head;
+        if (term->saved) {
+            inputs[m] = (term_input){0};
+            continue;
+        }
+        const size_t n = (size_t)head->in;
+        if (head->type < RAST_N_DTYPES) {
+            inputs[m] = (term_input){(const char *)term->hidden, n * element_size(term->hidden_type),
+                                     k->dot[head->type][term->hidden_type]};
+            continue;
+        }
+        const quantize_job job = {k, term, temp_array(q, n_out, n / CPU_GROUP, sizeof(cpu_group))};
+        if (!job.groups) return NULL;
+        cpu_record(q, quantize_task, n_out, &job, sizeof job, 0);
+        inputs[m] = (term_input){(const char *)job.groups, n / CPU_GROUP * sizeof(cpu_group),
+                                 k->dot_groups[head->type - RAST_Q8_0]};
+    }
+    return inputs;
+}
+
 void cpu_combine(rast_queue *q, const rast_logits *l) {
     if (l->n_out <= 0) return;
     const size_t n_out = (size_t)l->n_out, n_terms = (size_t)l->n_terms;
@@ -446,6 +496,7 @@ void cpu_combine(rast_queue *q, const rast_logits *l) {
     job.n_spans = (job.n_tiles + SPAN_TILES - 1) / SPAN_TILES;
     job.n_blocks = (n_out + OUT_BLOCK - 1) / OUT_BLOCK;
 
+    if (!(job.inputs = record_inputs(q, l))) return;
     if (!(job.plan = record_plan(q, l, job.n_tiles, &job.any_filter))) return;
     for (size_t o = 0; o < n_out; o++) any_uncommon |= job.plan[o].has_uncommon;
     if (!(job.parts = temp_array(q, n_out, job.n_spans, sizeof *job.parts))) return;

@@ -35,6 +35,8 @@ struct rast_queue {
     arena memory;
     void **scratch; /* [n_threads] */
     size_t scratch_cap;
+    void *shared;
+    size_t shared_bytes, shared_cap;
     int failed; /* recording ran out of memory */
 };
 
@@ -171,14 +173,17 @@ static int cpu_bind(rast_ctx *ctx, const rast_tensor *t, rast_weight *out, rast_
     const size_t n_out = t->n_dims == 2 ? t->shape[0] : 1, n_in = t->shape[t->n_dims == 2];
     const char *name = t->name ? t->name : "?";
     (void)ctx;
-    if (t->dtype < 0 || t->dtype >= RAST_N_DTYPES)
+    if (!rast_type_group(t->dtype))
         return rast_fail(err, RAST_ERR_UNSUPPORTED, "tensor %s: unknown dtype %d", name, t->dtype);
+    const size_t stride = rast_row_bytes(t->dtype, n_in);
+    if (n_in && !stride)
+        return rast_fail(err, RAST_ERR_VALUE, "tensor %s: rows of %zu are not whole groups, or too large", name, n_in);
     if (n_out > INT32_MAX || n_in > INT32_MAX) return rast_fail(err, RAST_ERR_VALUE, "tensor %s is too large", name);
     *out = (rast_weight){.data = (rast_dev)(uintptr_t)t->data,
                          .out = (int32_t)n_out,
                          .in = (int32_t)n_in,
                          .type = t->dtype,
-                         .stride = n_in * cpu_type_bytes(t->dtype)};
+                         .stride = stride};
     return RAST_OK;
 }
 
@@ -226,6 +231,7 @@ static void cpu_queue_free(rast_queue *q) {
     if (!q) return;
     for (int32_t i = 0; q->scratch && i < q->ctx->n_threads; i++) free(q->scratch[i]);
     free(q->scratch);
+    free(q->shared);
     free(q->tasks);
     arena_clear(&q->memory);
     free(q);
@@ -249,7 +255,7 @@ static int cpu_queue_new(rast_ctx *ctx, rast_queue **out, rast_error *err) {
 static int cpu_begin(rast_queue *q, uint64_t graph_key) {
     (void)graph_key; /* recording costs next to nothing here */
     q->n_tasks = 0;
-    q->scratch_bytes = 0;
+    q->scratch_bytes = q->shared_bytes = 0;
     q->memory.current = q->memory.used = 0;
     q->failed = 0;
     return 0;
@@ -259,6 +265,11 @@ void *cpu_temp(rast_queue *q, size_t bytes) {
     void *memory = arena_take(&q->memory, bytes);
     if (!memory) q->failed = 1;
     return memory;
+}
+
+void *const *cpu_shared(rast_queue *q, size_t bytes) {
+    if (bytes > q->shared_bytes) q->shared_bytes = bytes;
+    return &q->shared;
 }
 
 void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args, size_t args_bytes,
@@ -282,14 +293,25 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
     if (scratch_bytes > q->scratch_bytes) q->scratch_bytes = scratch_bytes;
 }
 
+static size_t round_up(size_t bytes) { /* to whole lines; too much stays too much */
+    if (!rast_add(bytes, ALIGN - 1, &bytes)) bytes = SIZE_MAX;
+    return bytes / ALIGN * ALIGN;
+}
+
 static int cpu_submit(rast_queue *q, rast_event *event, rast_error *err) {
     *event = 0;
-    size_t bytes;
     if (q->failed) return rast_fail(err, RAST_ERR_MEMORY, "no memory to record a step");
+    if (q->shared_bytes > q->shared_cap) {
+        const size_t bytes = round_up(q->shared_bytes);
+        q->shared_cap = 0;
+        free(q->shared);
+        q->shared = aligned_alloc(ALIGN, bytes);
+        if (!q->shared) return rast_fail(err, RAST_ERR_MEMORY, "no memory for %zu bytes that tasks share", bytes);
+        q->shared_cap = bytes;
+    }
     if (q->scratch_bytes > q->scratch_cap) {
+        const size_t bytes = round_up(q->scratch_bytes);
         q->scratch_cap = 0;
-        if (!rast_add(q->scratch_bytes, ALIGN - 1, &bytes)) bytes = SIZE_MAX;
-        bytes = bytes / ALIGN * ALIGN;
         for (int32_t i = 0; i < q->ctx->n_threads; i++) {
             free(q->scratch[i]);
             q->scratch[i] = aligned_alloc(ALIGN, bytes);

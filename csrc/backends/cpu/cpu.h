@@ -24,6 +24,10 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
  * submit will return (then record nothing that needs it). Capacity is kept from step to step. */
 void *cpu_temp(rast_queue *q, size_t bytes);
 
+/* The address of a pointer, set when tasks run, to at least so many bytes (64-byte aligned, contents undefined) that all
+ * threads see; what an op's tasks leave there lasts until the next op that uses it. */
+void *const *cpu_shared(rast_queue *q, size_t bytes);
+
 const cpu_kernels *cpu_queue_kernels(const rast_queue *q);
 int32_t cpu_queue_threads(const rast_queue *q);
 

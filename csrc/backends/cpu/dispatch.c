@@ -5,7 +5,8 @@
 #include <cpuid.h>
 #endif
 
-extern const cpu_kernels cpu_kernels_portable, cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_avx512bf16;
+extern const cpu_kernels cpu_kernels_portable, cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_avx512vnni,
+    cpu_kernels_avx512bf16;
 
 #if defined(__x86_64__)
 static int has_f16c(void) { /* not every compiler's __builtin_cpu_supports knows it */
@@ -23,8 +24,9 @@ size_t cpu_kernels_available(const cpu_kernels *out[8]) {
         out[n++] = &cpu_kernels_avx2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-            out[n++] = &cpu_kernels_avx512;
-            if (__builtin_cpu_supports("avx512bf16")) out[n++] = &cpu_kernels_avx512bf16;
+            const int vnni = __builtin_cpu_supports("avx512vnni"); /* the same results under the same name */
+            out[n++] = vnni ? &cpu_kernels_avx512vnni : &cpu_kernels_avx512;
+            if (vnni && __builtin_cpu_supports("avx512bf16")) out[n++] = &cpu_kernels_avx512bf16;
         }
     }
 #endif

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #define ISA_NAME "avx512"
 #define DOT_BF16_NATIVE 0
+#define DOT_I8_NATIVE 0
 #include "avx512.h"
 #include "kernels.inc"
 

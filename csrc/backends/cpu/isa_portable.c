@@ -5,6 +5,7 @@
 #define ISA_NAME "portable"
 #define LANES 4
 #define TILE_X 2
+#define TILE_GROUPS 4
 #define DOT_BF16_NATIVE 0
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -67,6 +68,44 @@ static inline void v_sum4(vf a, vf b, vf c, vf d, float *y) {
     const vf all[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++) y[i] = (all[i][0] + all[i][2]) + (all[i][1] + all[i][3]);
 }
+
+static inline vi v_rows4(const char *p, size_t stride) {
+    int32_t words[LANES];
+    vi v;
+    for (size_t i = 0; i < LANES; i++) memcpy(&words[i], p + i * stride, sizeof *words);
+    memcpy(&v, words, sizeof v);
+    return v;
+}
+
+static inline void v_rows16(const char *p, size_t stride, vi out[4]) {
+    for (size_t j = 0; j < 4; j++) out[j] = v_rows4(p + 4 * j, stride);
+}
+
+static inline vf v_low_f16(vi v) {
+    vf f;
+    for (int i = 0; i < LANES; i++) f[i] = half_to_float((uint16_t)v[i]);
+    return f;
+}
+static inline vf v_high_f16(vi v) { return v_low_f16(v >> 16); }
+
+#define I8_OFFSET 0
+
+/* Even and odd bytes apart, in 16 bits, which a pair of products fits. */
+static inline vi v_dot_i8(vi acc, const vi *w, const int8_t *x) {
+    typedef int16_t pairs __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t upairs __attribute__((vector_size(4 * LANES)));
+    typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+    for (int j = 0; j < 8; j++) {
+        int32_t four;
+        memcpy(&four, x + 4 * j, sizeof four);
+        const pairs a = (pairs)w[j], b = (pairs)((vi){0} + four);
+        const pairs even = ((pairs)((upairs)a << 8) >> 8) * ((pairs)((upairs)b << 8) >> 8), odd = (a >> 8) * (b >> 8);
+        const vi sum = (vi)(even + odd);
+        acc += (sum >> 16) + ((vi)((words)sum << 16) >> 16);
+    }
+    return acc;
+}
+static inline vi v_dot_u4(vi acc, const vi *w, const int8_t *x) { return v_dot_i8(acc, w, x); }
 
 #include "kernels.inc"
 

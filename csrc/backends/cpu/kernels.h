@@ -13,6 +13,15 @@
 typedef void (*cpu_dot_fn)(const void *w, size_t w_stride, size_t n_out, const void *x, size_t x_stride, size_t n_rows,
                            size_t k, float *y, size_t y_stride);
 
+/* A group of 32 activations as products with quantized weights take them: q = x / scale rounded to nearest even,
+ * scale = max |x| / 127. NaN or Inf among them makes the scale NaN. */
+typedef struct {
+    float scale, sum_scaled; /* sum_scaled = scale * sum */
+    int32_t sum;             /* of q */
+    int8_t q[32];
+} cpu_group;
+enum { CPU_GROUP = 32 };
+
 enum { CPU_LANES = 16 }; /* lane count of statistics, the same for every ISA */
 
 /* Running statistics of a row of logits, by lane, so that sums have one order. See cpu_kernels.tile_stats. */
@@ -25,8 +34,12 @@ typedef struct {
 typedef struct {
     const char *name;
     cpu_dot_fn dot[RAST_N_DTYPES][RAST_N_DTYPES]; /* [weight type][activation type] */
+    /* [weight type - RAST_Q8_0]: k a multiple of the type's group, x: [n_rows, k / 32] cpu_group. Sums of products within
+     * 32 elements are integers and exact; a result is one float accumulator over them in order. */
+    cpu_dot_fn dot_groups[RAST_N_TYPES - RAST_N_DTYPES];
+    void (*quantize)(const void *x, int32_t type, size_t n, cpu_group *y); /* n a multiple of 32 */
 
-    /* out[i] = in[i] rounded to type (float32 in; rast_dtype out) and back */
+    /* out[i] = in[i] rounded to type (float32 in; rast_dtype out) and back; load also quantized types, whole groups */
     void (*store)(const float *in, void *out, size_t n, int32_t type);
     void (*load)(const void *in, float *out, size_t n, int32_t type);
 

@@ -169,7 +169,44 @@ typedef struct {
     rast_mm jobs[MAX_JOBS];
     size_t rows[MAX_JOBS];      /* weight rows of a unit */
     size_t units[MAX_JOBS + 1]; /* [n_jobs + 1] first unit of each job, all models */
+    void *const *groups;        /* quantized activations, where weights are quantized */
+    size_t groups_at[MAX_JOBS]; /* where a job's begin: [n_models, live rows, in / 32] cpu_group */
 } matmul_args;
+
+typedef struct {
+    const cpu_kernels *k;
+    rast_pass pass;
+    rast_dev x;
+    size_t n, at; /* row length; where they go */
+    void *const *groups;
+} quantize_args;
+
+static void quantize_unit(const void *args, size_t unit, const cpu_worker *worker) {
+    const quantize_args *a = args;
+    const size_t n_rows = (size_t)n_of(&a->pass, RAST_OF_ROWS), m = unit / n_rows, r = unit % n_rows;
+    const size_t row = (m * (size_t)a->pass.cap_rows + r) * a->n;
+    cpu_group *to = (cpu_group *)(void *)((char *)*a->groups + a->at) + unit * (a->n / CPU_GROUP);
+    (void)worker;
+    a->k->quantize((const char *)cpu_ptr(a->x) + row * cpu_type_bytes(a->pass.act_type), a->pass.act_type, a->n, to);
+}
+
+/* Records what quantizes the activations of the jobs with quantized weights, each x once. */
+static void record_quantize(rast_queue *q, matmul_args *a, int32_t n_jobs) {
+    const size_t n_rows = (size_t)n_of(&a->pass, RAST_OF_ROWS) * (size_t)a->pass.n_models;
+    size_t bytes = 0;
+    for (int32_t j = 0; j < n_jobs; j++) {
+        const rast_weight *w = a->jobs[j].w[0];
+        if (w->type < RAST_N_DTYPES) continue;
+        int32_t same = 0;
+        while (same < j && (a->jobs[same].x != a->jobs[j].x || a->jobs[same].w[0]->type < RAST_N_DTYPES)) same++;
+        a->groups_at[j] = same < j ? a->groups_at[same] : bytes;
+        if (same < j) continue;
+        const quantize_args x = {a->k, a->pass, a->jobs[j].x, (size_t)w->in, bytes, cpu_shared(q, 0)};
+        cpu_record(q, quantize_unit, n_rows, &x, sizeof x, 0);
+        bytes += n_rows * ((size_t)w->in / CPU_GROUP) * sizeof(cpu_group);
+    }
+    a->groups = cpu_shared(q, bytes);
+}
 
 static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker) {
     const matmul_args *a = args;
@@ -184,9 +221,16 @@ static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker)
     const size_t n = n_out - first < a->rows[j] ? n_out - first : a->rows[j];
     const size_t n_rows = (size_t)n_of(&a->pass, RAST_OF_ROWS), x_stride = n_in * cpu_type_bytes(a->pass.act_type);
     float *y = (float *)cpu_ptr(job->y) + m * cap * n_out + first;
-    a->k->dot[w->type][a->pass.act_type]((const char *)cpu_ptr(w->data) + first * w->stride, w->stride, n,
-                                         (const char *)cpu_ptr(job->x) + m * cap * x_stride, x_stride, n_rows, n_in, y,
-                                         n_out);
+    const char *weights = (const char *)cpu_ptr(w->data) + first * w->stride;
+    if (w->type < RAST_N_DTYPES) {
+        a->k->dot[w->type][a->pass.act_type](weights, w->stride, n, (const char *)cpu_ptr(job->x) + m * cap * x_stride,
+                                             x_stride, n_rows, n_in, y, n_out);
+    } else {
+        const size_t stride = n_in / CPU_GROUP * sizeof(cpu_group);
+        a->k->dot_groups[w->type - RAST_Q8_0](weights, w->stride, n,
+                                              (const char *)*a->groups + a->groups_at[j] + m * n_rows * stride, stride,
+                                              n_rows, n_in, y, n_out);
+    }
     if (!job->bias) return;
     float bias[MATMUL_ROWS];
     const rast_weight *b = job->bias[m];
@@ -201,13 +245,15 @@ void cpu_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32
         const int32_t n_jobs = n < MAX_JOBS ? n : MAX_JOBS;
         for (int32_t j = 0; j < n_jobs; j++) {
             const rast_weight *w = jobs[j].w[0];
-            size_t rows = MATMUL_UNIT / w->stride / 4 * 4;
-            if (rows < 4) rows = 4;
+            const size_t least = w->type < RAST_N_DTYPES ? 4 : CPU_LANES; /* what a kernel takes together */
+            size_t rows = MATMUL_UNIT / w->stride / least * least;
+            if (rows < least) rows = least;
             if (rows > MATMUL_ROWS) rows = MATMUL_ROWS;
             a.jobs[j] = jobs[j];
             a.rows[j] = rows;
             a.units[j + 1] = a.units[j] + (size_t)pass->n_models * (((size_t)w->out + rows - 1) / rows);
         }
+        record_quantize(q, &a, n_jobs);
         cpu_record(q, matmul_unit, a.units[n_jobs], &a, sizeof a, 0);
     }
 }

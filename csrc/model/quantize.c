@@ -1,0 +1,140 @@
+/* quantize.c: the types of stored weights, and quantizing to them. */
+#include "../error.h"
+#include "../rast.h"
+
+#include <math.h>
+#include <string.h>
+
+static const struct {
+    uint8_t group, bytes; /* of a block */
+} types[RAST_N_TYPES] = {
+    [RAST_F32] = {1, 4},    [RAST_BF16] = {1, 2},   [RAST_F16] = {1, 2},     [RAST_Q8_0] = {32, 34},
+    [RAST_Q4_0] = {32, 18}, [RAST_Q4_1] = {32, 20}, [RAST_Q4_64] = {64, 36},
+};
+
+size_t rast_type_group(int32_t type) { return type < 0 || type >= RAST_N_TYPES ? 0 : types[type].group; }
+
+size_t rast_row_bytes(int32_t type, size_t n) {
+    const size_t group = rast_type_group(type);
+    size_t bytes;
+    return group && n % group == 0 && rast_mul(n / group, types[type].bytes, &bytes) ? bytes : 0;
+}
+
+/* ---- floats --------------------------------------------------------------------------------------------------------- */
+
+static float from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static uint32_t to_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+static float from_half(uint16_t h) {
+    const uint32_t inf = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    const float magnitude = from_bits((uint32_t)(h & 0x7fff) << 13) * 0x1p112f; /* subnormals too */
+    return from_bits(to_bits(magnitude) | inf | (uint32_t)(h & 0x8000) << 16);
+}
+
+static uint16_t to_half(float f) { /* to nearest even */
+    const uint32_t bits = to_bits(f) & 0x7fffffff;
+    const uint16_t sign = (uint16_t)(to_bits(f) >> 16 & 0x8000);
+    if (bits > 0x7f800000) return 0x7e00;
+    if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and more */
+    if (bits < 0x38800000)                                    /* subnormal: the sum's last bit is worth 2^-24 */
+        return (uint16_t)(sign | (to_bits(from_bits(bits) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (bits + 0xfff + (bits >> 13 & 1) - ((127u - 15u) << 23)) >> 13);
+}
+
+static void read_group(const void *row, size_t at, size_t n, int32_t dtype, float *x) {
+    if (dtype == RAST_F32) {
+        memcpy(x, (const float *)row + at, n * sizeof *x);
+        return;
+    }
+    uint16_t h[64];
+    memcpy(h, (const uint16_t *)row + at, n * sizeof *h);
+    if (dtype == RAST_BF16)
+        for (size_t i = 0; i < n; i++) x[i] = from_bits((uint32_t)h[i] << 16);
+    else
+        for (size_t i = 0; i < n; i++) x[i] = from_half(h[i]);
+}
+
+/* ---- blocks --------------------------------------------------------------------------------------------------------- */
+
+static int all_finite(const float *x, size_t n) {
+    uint32_t top = 0;
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = to_bits(x[i]) & 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    return top < 0x7f800000;
+}
+
+/* q[i] = (x[i] - m) / d rounded to nearest, within lo .. hi; d as it is stored, so that its rounding is made up for. */
+static void round_group(const float *x, size_t n, float d, float m, float lo, float hi, int8_t *q) {
+    const float inverse = d > 0 ? 1 / d : 0;
+    for (size_t i = 0; i < n; i++) {
+        float v = (x[i] - m) * inverse;
+        v = v < lo ? lo : v;
+        v = v > hi ? hi : v;
+        q[i] = (int8_t)(to_bits(v + 12582912.0f) - 0x4b400000); /* 1.5 * 2^23: rounds to an integer in the low bits */
+    }
+}
+
+static void put_half(uint8_t *out, uint16_t h) {
+    out[0] = (uint8_t)h;
+    out[1] = (uint8_t)(h >> 8);
+}
+
+/* Returns 0 if f16 cannot hold the scale. */
+static int quantize_8(const float *x, uint8_t *out) {
+    float top = 0;
+    for (int i = 0; i < 32; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    const uint16_t d = to_half(top / 127);
+    put_half(out, d);
+    round_group(x, 32, from_half(d), 0, -127, 127, (int8_t *)out + 2);
+    return d < 0x7c00;
+}
+
+static int quantize_4(const float *x, size_t n, uint8_t *out) {
+    int8_t q[64];
+    float lo = x[0], hi = x[0];
+    for (size_t i = 1; i < n; i++) {
+        lo = x[i] < lo ? x[i] : lo;
+        hi = x[i] > hi ? x[i] : hi;
+    }
+    const uint16_t d = to_half(hi / 15 - lo / 15), m = to_half(lo);
+    put_half(out, d);
+    put_half(out + 2, m);
+    round_group(x, n, from_half(d), from_half(m), 0, 15, q);
+    for (size_t i = 0; i < n; i += 32)
+        for (size_t j = 0; j < 16; j++) out[4 + i / 2 + j] = (uint8_t)(q[i + j] | q[i + 16 + j] << 4);
+    return d < 0x7c00 && (m & 0x7fff) < 0x7c00;
+}
+
+int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out, rast_error *err) {
+    if (dtype < 0 || dtype >= RAST_N_DTYPES)
+        return rast_fail(err, RAST_ERR_UNSUPPORTED, "dtype %d cannot be quantized", dtype);
+    if (type != RAST_Q8_0 && type != RAST_Q4_1 && type != RAST_Q4_64)
+        return rast_fail(err, RAST_ERR_UNSUPPORTED, "cannot quantize to type %d", type);
+    const size_t group = rast_type_group(type), block = types[type].bytes, size = types[dtype].bytes;
+    if (n % group)
+        return rast_fail(err, RAST_ERR_VALUE, "rows of %zu are not a multiple of the groups of %zu", n, group);
+    uint8_t *to = out;
+    float x[64] = {0};
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t at = 0; at < n; at += group, to += block) {
+            read_group((const char *)rows + r * n * size, at, group, dtype, x);
+            if (!all_finite(x, group)) {
+                memset(to, 0, block);
+                put_half(to, 0x7e00);
+            } else if (!(type == RAST_Q8_0 ? quantize_8(x, to) : quantize_4(x, group, to))) {
+                return rast_fail(err, RAST_ERR_VALUE, "row %zu holds values too large for the scale, a float16", r);
+            }
+        }
+    return RAST_OK;
+}
