@@ -37,8 +37,9 @@ class NetConfig(TypedDict, total=False):
 class Net(TypedDict, total=False):
     name: str
     config: NetConfig
-    # name -> (array, stored dtype "F32" | "BF16" | "F16"). The array is C-contiguous, native-endian, and has itemsize 4
-    # (F32) or 2 (uint16 or float16), 1 or 2 dimensions; it is used in place and kept alive by the model.
+    # name -> (array, stored dtype "F32" | "BF16" | "F16" | "Q8_0" | "Q4_0" | "Q4_1" | "Q4_64"). The array is
+    # C-contiguous, native-endian, and has itemsize 4 (F32) or 2 (uint16 or float16), 1 or 2 dimensions; quantized it is
+    # uint8 [rows, bytes of a row's blocks]. It is used in place and kept alive by the model.
     tensors: Mapping[str, tuple[NDArray[Any], str]]
     dtype: str  # "float32" | "bfloat16" | "float16"
     uncommon: NDArray[np.int32] | None
@@ -58,6 +59,9 @@ def memory_read(array: NDArray[Any], /) -> int:
 
 def cpu_isas() -> list[str]:
     """The instruction sets this machine can run, best last."""
+
+def quantize(array: NDArray[Any], dtype: str, type: str, out: NDArray[np.uint8]) -> None:
+    """Quantizes a matrix of dtype "F32", "BF16" or "F16" to "Q8_0", "Q4_1" or "Q4_64"; out: [rows, bytes of a row]."""
 
 class Model:
     def __init__(

@@ -21,7 +21,7 @@ from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from rast.loading import LoadedNet, Progress, Reconciled, Tokenizer
+    from rast.loading import LoadedNet, Progress, Quantization, Reconciled, Tokenizer
     from rast.streaming import Streamer
 
 __all__ = ["RastForCausalLM", "Source", "TransferPair"]
@@ -148,6 +148,7 @@ class RastForCausalLM:
         pairs: Sequence[TransferPair] | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        quantization: Quantization = None,
         num_threads: int | None = None,
         max_context: int | None = None,
         revision: str | None = None,
@@ -159,7 +160,7 @@ class RastForCausalLM:
         max_batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """Loads a base and its transfer pairs; weights stay in the memory-mapped files.
+        """Loads a base and its transfer pairs; weights stay in the memory-mapped files, unless `quantization` is given.
 
         Args:
             base: local folder, Hugging Face Hub id or .gguf file of the model that is steered.
@@ -169,6 +170,12 @@ class RastForCausalLM:
             pairs: instead of the three before, for several pairs; with neither, plain generation.
             device: "auto" or "cpu".
             dtype: "float32", "bfloat16", "float16" or "auto" (as stored): rounding of the inputs of matrix products.
+            quantization: what the matrices, embedding and head among them, are made into at load: "int8" (groups of 32
+                with a scale), "int4" (groups of 32 with scale and minimum), "int4-64" (groups of 64) or "none" (floats,
+                whatever the file holds); or a mapping from roles to these, {"base": "int4", "expert": "int8"}, where
+                "expert" means that of every pair and "expert 2" that of the second. None: as stored; Q8_0, Q4_0 and
+                Q4_1 of a GGUF file then stay in place unless dtype is "float32". Products with quantized weights round
+                their inputs once more, to int8 in groups of 32; all else is as `dtype` says.
             num_threads: None: one for each core that this process may use.
             max_context: overrides the context limit of all models.
             revision: of the base on the Hub (branch, tag or commit); the other models use their default branch.
@@ -184,7 +191,7 @@ class RastForCausalLM:
             NotImplementedError: an architecture, rope type or weight format that is not supported.
             RuntimeError: the device is not available.
         """
-        from rast.loading import load_net
+        from rast.loading import load_net, quantization_by_role
 
         _check_device(device)
         for name, value in (
@@ -202,14 +209,18 @@ class RastForCausalLM:
         none = np.zeros(len(wanted))
         strengths = transfer_strengths([pair.strength for pair in wanted], none, 1)[0] if wanted else none
 
+        numbers = [f" {i + 1}" if len(wanted) > 1 else "" for i in range(len(wanted))]
+        roles = [f"expert{n}" for n in numbers] + [f"antiexpert{n}" for n in numbers]
+        quantizations = quantization_by_role(quantization, ["base", *roles])
+
         nets: list[_Net] = []
-        by_source: dict[tuple[str, str | None], int] = {}
+        by_source: dict[tuple[str, str | None, str | None], int] = {}
         by_key: dict[Hashable, int] = {}
 
         def load(source: Source, role: str, revision: str | None = None) -> int:
             if not isinstance(source, str | os.PathLike):
                 raise TypeError(f"{role} must be a folder, a Hugging Face Hub id or a .gguf file, not {source!r}")
-            asked = (os.fspath(source), revision)
+            asked = (os.fspath(source), revision, quantizations[role])
             if asked not in by_source:
                 loaded = load_net(
                     source,
@@ -219,6 +230,7 @@ class RastForCausalLM:
                     cache_dir=cache_dir,
                     token=token,
                     local_files_only=local_files_only,
+                    quantization=quantizations[role],
                     progress=progress,
                 )
                 index = by_source[asked] = by_key.setdefault(loaded.key(), len(nets))
@@ -229,8 +241,7 @@ class RastForCausalLM:
 
         load(base, "base", revision)
         indices: list[tuple[int, int | None]] = []
-        for i, pair in enumerate(wanted):
-            number = f" {i + 1}" if len(wanted) > 1 else ""
+        for pair, number in zip(wanted, numbers, strict=True):
             e = load(pair.expert, f"expert{number}")
             a = None if pair.antiexpert is None else load(pair.antiexpert, f"antiexpert{number}")
             indices.append((e, a))
@@ -292,6 +303,7 @@ class RastForCausalLM:
                     "dtype": core["dtype"],
                     "n_parameters": core["n_parameters"],
                     "weight_bytes": core["weight_bytes"],
+                    "weight_types": net.loaded.weight_types(),
                     "kv_bytes_per_token": core["kv_bytes_per_token"],
                     "vocab_size": core["vocab_size"],
                     "max_context": core["max_context"],
@@ -307,7 +319,8 @@ class RastForCausalLM:
         info = self.info()
         lines = [
             f"  {' and '.join(net['roles'])}: {net['source']} "
-            f"({net['architecture']}, {net['n_parameters'] / 1e6:,.1f} M parameters, {net['dtype']})"
+            f"({net['architecture']}, {net['n_parameters'] / 1e6:,.1f} M parameters, {net['dtype']}, "
+            f"weights {next(iter(net['weight_types']))})"
             for net in info["nets"]
         ]
         if self._pairs:

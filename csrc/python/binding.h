@@ -38,6 +38,7 @@ extern PyType_Spec py_model_spec, py_engine_spec;
 
 PyObject *py_cpu_isas(PyObject *module, PyObject *unused);
 PyObject *py_memory_read(PyObject *module, PyObject *array);
+PyObject *py_quantize(PyObject *module, PyObject *args);
 
 /* A model and its engines belong to one call at a time. Claims the model, or sets RuntimeError and returns -1. */
 int py_model_claim(py_model *self);

@@ -8,10 +8,10 @@
 static const struct {
     const char *net;    /* Net["dtype"] */
     const char *tensor; /* the stored dtype of a tensor */
-} dtypes[RAST_N_DTYPES] = {
-    [RAST_F32] = {"float32", "F32"},
-    [RAST_BF16] = {"bfloat16", "BF16"},
-    [RAST_F16] = {"float16", "F16"},
+} dtypes[RAST_N_TYPES] = {
+    [RAST_F32] = {"float32", "F32"}, [RAST_BF16] = {"bfloat16", "BF16"}, [RAST_F16] = {"float16", "F16"},
+    [RAST_Q8_0] = {NULL, "Q8_0"},    [RAST_Q4_0] = {NULL, "Q4_0"},       [RAST_Q4_1] = {NULL, "Q4_1"},
+    [RAST_Q4_64] = {NULL, "Q4_64"},
 };
 
 /* ---- from Python objects to rast_net ----------------------------------------------------------------------------- */
@@ -106,9 +106,9 @@ static int read_config(model_args *args, PyObject *dict, const char *what, rast_
 static int read_dtype(PyObject *value, const char *what, const char *name, int of_tensor) {
     const char *text = py_utf8(value, what, name);
     if (!text) return -1;
-    for (int t = 0; t < RAST_N_DTYPES; t++)
+    for (int t = 0; t < (of_tensor ? RAST_N_TYPES : RAST_N_DTYPES); t++)
         if (!strcmp(text, of_tensor ? dtypes[t].tensor : dtypes[t].net)) return t;
-    const char *known = of_tensor ? "F32, BF16, F16" : "float32, bfloat16, float16";
+    const char *known = of_tensor ? "F32, BF16, F16, Q8_0, Q4_0, Q4_1, Q4_64" : "float32, bfloat16, float16";
     PyErr_Format(PyExc_ValueError, "%s: %s: dtype %R is not one of %s", what, name, value, known);
     return -1;
 }
@@ -119,8 +119,10 @@ static int dtype_fits(int array_type, int32_t dtype) {
         return array_type == NPY_FLOAT32;
     case RAST_BF16:
         return array_type == NPY_UINT16;
-    default:
+    case RAST_F16:
         return array_type == NPY_UINT16 || array_type == NPY_FLOAT16;
+    default:
+        return array_type == NPY_UINT8;
     }
 }
 
@@ -158,6 +160,15 @@ static int read_tensor(model_args *args, PyObject *item, const char *what, rast_
         return -1;
     }
     for (int d = 0; d < out->n_dims; d++) out->shape[d] = (size_t)PyArray_DIM(a, d);
+    if (out->dtype >= RAST_N_DTYPES) {
+        const size_t group = rast_type_group(out->dtype), block = rast_row_bytes(out->dtype, group);
+        if (out->n_dims != 2 || out->shape[1] % block) {
+            PyErr_Format(PyExc_ValueError, "%s: %U must be a matrix whose rows are blocks of %zu bytes", what, name,
+                         block);
+            return -1;
+        }
+        out->shape[1] = out->shape[1] / block * group;
+    }
     out->data = PyArray_DATA(a);
     return PyList_Append(args->keep, array);
 }
@@ -411,6 +422,34 @@ PyObject *py_cpu_isas(PyObject *module, PyObject *unused) {
             PyList_SET_ITEM(list, (Py_ssize_t)i, name);
     }
     return list;
+}
+
+/* quantize(array, dtype, type, out): rows of floats to rows of blocks */
+PyObject *py_quantize(PyObject *module, PyObject *args) {
+    PyArrayObject *from, *to;
+    PyObject *dtype_name, *type_name;
+    if (!PyArg_ParseTuple(args, "O!UUO!:quantize", &PyArray_Type, &from, &dtype_name, &type_name, &PyArray_Type, &to))
+        return NULL;
+    const int dtype = read_dtype(dtype_name, "quantize", "dtype", 1),
+              type = read_dtype(type_name, "quantize", "type", 1);
+    if (dtype < 0 || type < 0) return NULL;
+    if (dtype >= RAST_N_DTYPES || !dtype_fits(PyArray_TYPE(from), dtype) || !PyArray_ISCARRAY_RO(from) ||
+        PyArray_NDIM(from) != 2 || PyArray_TYPE(to) != NPY_UINT8 || !PyArray_ISCARRAY(to) || PyArray_NDIM(to) != 2) {
+        PyErr_SetString(PyExc_TypeError, "quantize: needs C-contiguous matrices of dtype and, writable, of uint8");
+        return NULL;
+    }
+    const size_t n_rows = (size_t)PyArray_DIM(from, 0), n = (size_t)PyArray_DIM(from, 1);
+    if ((size_t)PyArray_DIM(to, 0) != n_rows || (size_t)PyArray_DIM(to, 1) != rast_row_bytes(type, n)) {
+        PyErr_Format(PyExc_ValueError, "quantize: out must be [%zu, %zu]", n_rows, rast_row_bytes(type, n));
+        return NULL;
+    }
+    rast_error err = {0};
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = rast_quantize(PyArray_DATA(from), dtype, n_rows, n, type, PyArray_DATA(to), &err);
+    Py_END_ALLOW_THREADS
+    if (rc) return py_raise(PyModule_GetState(module), &err);
+    Py_RETURN_NONE;
 }
 
 /* ---- one call at a time ------------------------------------------------------------------------------------------ */

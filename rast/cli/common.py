@@ -30,6 +30,13 @@ Pair = Annotated[
 Strength = Annotated[float, typer.Option("--transfer-strength", "--strength", help="λ of --expert.")]
 Device = Annotated[str, typer.Option(help="auto or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Weights as int8, int4, int4-64 or none (floats); or by role: base=int4,expert=int8. Default: as stored.",
+    ),
+]
 NumThreads = Annotated[int | None, typer.Option(help="Default: one for each core.")]
 MaxContext = Annotated[int | None, typer.Option(help="Override the models' context limit.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")]
@@ -67,6 +74,19 @@ def parse_pairs(texts: list[str] | None) -> list[rast.TransferPair] | None:
             raise ValueError(f"--pair {text}: must be EXPERT,ANTIEXPERT,STRENGTH")
         pairs.append(rast.TransferPair(expert, (rest[0] if rest else "") or None, strength))
     return pairs
+
+
+def parse_quantization(text: str | None) -> str | dict[str, str] | None:
+    """The value of --quantization."""
+    if text is None or "=" not in text:
+        return text
+    by_role: dict[str, str] = {}
+    for part in text.split(","):
+        role, equals, name = part.partition("=")
+        if not equals:
+            raise ValueError(f"--quantization {text}: must be a name, or ROLE=NAME,ROLE=NAME")
+        by_role[role.strip()] = name.strip()
+    return by_role
 
 
 @contextmanager
@@ -121,7 +141,11 @@ def load_model(ctx: typer.Context) -> rast.RastForCausalLM:
     options = {name: params[name] for name in _LOADING}
     with progress_bar() as progress:
         return rast.RastForCausalLM.from_pretrained(
-            params["base"], pairs=parse_pairs(params["pair"]), progress=progress, **options
+            params["base"],
+            pairs=parse_pairs(params["pair"]),
+            quantization=parse_quantization(params["quantization"]),
+            progress=progress,
+            **options,
         )
 
 

@@ -66,6 +66,7 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary.")] = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
+    quantization: common.Quantization = None,
     num_threads: common.NumThreads = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,

@@ -2,7 +2,19 @@
 
 from .check import Finding, scan
 from .net import LoadedNet, Progress, load_net
+from .quantize import Quantization, quantization_by_role
 from .reconcile import Reconciled, reconcile
 from .tokenizer import Tokenizer
 
-__all__ = ["Finding", "LoadedNet", "Progress", "Reconciled", "Tokenizer", "load_net", "reconcile", "scan"]
+__all__ = [
+    "Finding",
+    "LoadedNet",
+    "Progress",
+    "Quantization",
+    "Reconciled",
+    "Tokenizer",
+    "load_net",
+    "quantization_by_role",
+    "reconcile",
+    "scan",
+]

@@ -1,8 +1,9 @@
-"""GGUF file -> config and tensors in HuggingFace's terms. Plain tensors are used in place, others dequantized."""
+"""GGUF file -> config and tensors in HuggingFace's terms, used in place where the core knows their type."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from .config import ARCHITECTURES, parse_config
 from .fields import Fields
 from .gguf_file import GgufFile, gguf_library
-from .weights import HEAD, STORED, Entry, Tensor, collect
+from .quantize import AS_GOOD, NONE, QUANTIZATIONS, Quantizer
+from .weights import HEAD, QUANTIZED, STORED, Entry, Tensor, collect
 
 if TYPE_CHECKING:
     from .._core import NetConfig
@@ -39,31 +41,68 @@ _CHUNK = 1 << 22  # elements dequantized at a time
 
 
 def gguf_net(
-    file: GgufFile, dtype: str, progress: Callable[[str, int, int], None] | None
-) -> tuple[str, NetConfig, dict[str, Tensor], list[str], bool]:
-    """(architecture, config, tensors, warnings, whether matrices were dequantized) of a GGUF file.
+    file: GgufFile, dtype: str, quantization: str | None, progress: Callable[[str, int, int], None] | None
+) -> tuple[str, NetConfig, dict[str, Tensor], list[str]]:
+    """(architecture, config, tensors, warnings) of a GGUF file.
 
-    Dequantized tensors are float32 with dtype "float32", else bfloat16.
+    Without `quantization`, matrices of a type in QUANTIZED are used in place, unless dtype is "float32". Dequantized
+    tensors are float32 with dtype "float32", else bfloat16.
     """
     architecture, config = _config(file)
     entries = {_hf_name(name): entry for name, entry in file.entries.items() if name != _ROPE_FACTORS}
     target = "F32" if dtype == "float32" else "BF16"
-    total = sum(entry.buffer.size for entry in entries.values() if entry.dtype not in STORED)
+    asked = None if quantization is None else QUANTIZATIONS[quantization]
+    if asked is not None:
+        return architecture, config, *_quantized(file, entries, config, asked, progress)
+    in_place: Collection[str] = () if dtype == "float32" or quantization == NONE else QUANTIZED
+
+    def stays(entry: Entry) -> bool:
+        return entry.dtype in STORED or (entry.dtype in in_place and len(entry.shape) == 2)
+
+    total = sum(entry.buffer.size for entry in entries.values() if not stays(entry))
     done = 0
 
-    def convert(entry: Entry) -> Tensor:
+    def advance(n: int) -> None:
         nonlocal done
+        done += n
+        if progress is not None:
+            progress(f"dequantizing {file.path.name}", done, total)
 
-        def advance(n: int) -> None:
-            nonlocal done
-            done += n
-            if progress is not None:
-                progress(f"dequantizing {file.path.name}", done, total)
+    def convert(entry: Entry) -> Tensor:
+        return (entry.array(), entry.dtype) if stays(entry) else (dequantize(entry, target, advance), target)
 
-        return dequantize(entry, target, advance), target
+    return architecture, config, *collect(entries, config, file.path, convert)
 
-    tensors, warnings = collect(entries, config, file.path, convert)
-    return architecture, config, tensors, warnings, total > 0
+
+def _quantized(
+    file: GgufFile,
+    entries: Mapping[str, Entry],
+    config: NetConfig,
+    asked: str,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors, warnings) with matrices quantized to `asked`. Those that are of the like stay in place, others go
+    through float32."""
+    names = {entry.name: name for name, entry in entries.items()}
+
+    def stays(entry: Entry) -> bool:
+        return entry.dtype in QUANTIZED and (entry.dtype in AS_GOOD[asked] or not quantizer.fits(entry.shape[-1]))
+
+    def convert(entry: Entry) -> Tensor:
+        if len(entry.shape) != 2 or not stays(entry):
+            return dequantize(entry, "F32", lambda n: None), "F32"
+        if entry.dtype not in AS_GOOD[asked]:
+            quantizer.leave(names[entry.name], entry.shape[-1])
+        return entry.array(), entry.dtype
+
+    quantizer = Quantizer(asked, file.path, progress)
+    quantizer.total = sum(
+        entry.buffer.size if entry.dtype in STORED else 4 * math.prod(entry.shape)
+        for entry in entries.values()
+        if len(entry.shape) == 2 and not stays(entry)
+    )
+    tensors, warnings = collect(entries, config, file.path, convert, quantizer)
+    return tensors, warnings + quantizer.warnings()
 
 
 def dequantize(entry: Entry, target: str, advance: Callable[[int], None]) -> NDArray[Any]:

@@ -1,7 +1,8 @@
 """The GGUF container: metadata and tensor table of a mapped file, every length checked against the file.
 
 The header is read here rather than with the `gguf` library's reader, which takes seconds for a large vocabulary and
-trusts the counts in the file. The library is asked for what it knows best: the quantized types.
+trusts the counts in the file. The library is asked for what it knows best: the quantized types that are not used in
+place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .files import Bytes, map_file
-from .weights import STORED, Entry
+from .weights import QUANTIZED, STORED, Entry
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -40,6 +41,7 @@ _STRING, _ARRAY = 8, 9
 
 # Tensor types that are used in place, by their number in the file.
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}
+_BLOCKS = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class GgufFile:
 
 
 def gguf_library(path: Path) -> ModuleType:
-    """The `gguf` package, which quantized tensors need."""
+    """The `gguf` package, which dequantizing needs."""
     try:
         import gguf
     except ImportError as error:
@@ -110,15 +112,20 @@ def _layout(path: Path, name: str, shape: tuple[int, ...], type_number: int) -> 
     if type_number in _PLAIN:
         dtype = _PLAIN[type_number]
         return dtype, math.prod(shape) * np.dtype(STORED[dtype][0]).itemsize
-    gguf = gguf_library(path)
-    try:
-        kind = gguf.GGMLQuantizationType(type_number)
-    except ValueError as error:
-        raise ValueError(f"{path}: tensor {name!r} has an unknown type, number {type_number}") from error
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if type_number in _BLOCKS:
+        dtype = _BLOCKS[type_number]
+        block, block_bytes = QUANTIZED[dtype]
+    else:
+        gguf = gguf_library(path)
+        try:
+            kind = gguf.GGMLQuantizationType(type_number)
+        except ValueError as error:
+            raise ValueError(f"{path}: tensor {name!r} has an unknown type, number {type_number}") from error
+        dtype = kind.name
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
-        raise ValueError(f"{path}: tensor {name!r}: rows of {shape[-1]} are not a multiple of {kind.name}'s {block}")
-    return kind.name, math.prod(shape) // block * block_bytes
+        raise ValueError(f"{path}: tensor {name!r}: rows of {shape[-1]} are not a multiple of {dtype}'s {block}")
+    return dtype, math.prod(shape) // block * block_bytes
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ STORED: Mapping[str, tuple[type[np.generic], str]] = {
     "BF16": (np.uint16, "bfloat16"),
     "F16": (np.uint16, "float16"),
 }
+# Quantized dtype -> (elements of a block, its bytes); arrays of them are uint8 [rows, bytes of a row]. See csrc/rast.h.
+QUANTIZED: Mapping[str, tuple[int, int]] = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q4_64": (64, 36)}
 DTYPES = tuple(name for _, name in STORED.values())
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -41,7 +44,11 @@ class Entry:
     buffer: Bytes  # its bytes, a view of the mapped file
 
     def array(self) -> NDArray[Any]:
-        """The tensor, in place (in a copy where it is not aligned); for the dtypes in STORED."""
+        """The tensor, in place (in a copy where it is not aligned); for the dtypes in STORED and, as rows of blocks, in
+        QUANTIZED."""
+        if self.dtype in QUANTIZED:
+            group, block = QUANTIZED[self.dtype]
+            return self.buffer.reshape(*self.shape[:-1], self.shape[-1] // group * block)
         array = self.buffer.view(STORED[self.dtype][0]).reshape(self.shape)
         return array if self.aligned else array.copy()
 
@@ -87,10 +94,12 @@ def collect(
     config: NetConfig,
     file: object,
     convert: Callable[[Entry], Tensor] | None = None,
+    quantize: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors, warnings) of a net from the entries of its files, by HuggingFace name.
 
     `convert` makes an array of a dtype that cannot be used in place; without it such a dtype is NotImplementedError.
+    `quantize` takes matrices of floats, by their HuggingFace name.
     May clear `config["tie_word_embeddings"]` when the file holds a head of its own.
     """
     entries = dict(entries)
@@ -120,6 +129,8 @@ def collect(
                 f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, which is not supported "
                 f"(supported: {', '.join(STORED)})"
             )
+        if quantize is not None and len(shape) == 2 and tensors[name][1] in STORED:
+            tensors[name] = quantize(name, tensors[name])
     if misaligned:
         warnings.append(
             f"{file}: {len(misaligned)} tensors are not aligned to their elements and were copied "
@@ -131,12 +142,12 @@ def collect(
     return tensors, warnings
 
 
-def matrix_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The rounding mode that fits the stored matrices: that of most of their elements."""
+def matrix_dtype(entries: Mapping[str, Entry]) -> str:
+    """The rounding mode that fits the stored matrices of floats: that of most of their elements."""
     elements: Counter[str] = Counter()
-    for array, dtype in tensors.values():
-        if array.ndim == 2:
-            elements[dtype] += array.size
+    for entry in entries.values():
+        if len(entry.shape) == 2 and entry.dtype in STORED:
+            elements[entry.dtype] += math.prod(entry.shape)
     return STORED[max(elements, key=lambda dtype: elements[dtype])][1]
 
 

@@ -1,0 +1,113 @@
+"""Quantized weights: what the option is called, which roles it is for, and quantizing matrices as they are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from .. import _core
+from .weights import QUANTIZED, Tensor
+
+# What a user asks for -> the stored type. "none" stands for floats, whatever the file holds.
+NONE = "none"
+QUANTIZATIONS: Mapping[str, str | None] = {NONE: None, "int8": "Q8_0", "int4": "Q4_1", "int4-64": "Q4_64"}
+
+# Types that a file may hold and that are taken for what was asked for.
+AS_GOOD: Mapping[str, frozenset[str]] = {
+    "Q8_0": frozenset({"Q8_0"}),
+    "Q4_1": frozenset({"Q4_0", "Q4_1"}),
+    "Q4_64": frozenset(),
+}
+
+_CHUNK = 1 << 22  # elements a thread quantizes at a time
+
+Quantization = str | Mapping[str, str] | None
+
+
+def quantization_by_role(option: Quantization, roles: Iterable[str]) -> dict[str, str | None]:
+    """What each of `roles` ("base", "expert", "expert 2", …) is quantized to; None: as stored.
+
+    `option` is one name for all, or a mapping; "expert" and "antiexpert" there mean those of every pair.
+    """
+    roles = list(roles)
+    if option is None or isinstance(option, str):
+        option = {} if option is None else dict.fromkeys(roles, option)
+    elif not isinstance(option, Mapping):
+        raise TypeError(f"quantization must be a name, a mapping from roles to names or None, not {option!r}")
+    known = list(dict.fromkeys(name for role in roles for name in (role, role.split()[0])))
+    for role, name in option.items():
+        if role not in known:
+            raise ValueError(f"quantization names the role {role!r}; the roles here are {', '.join(known)}")
+        check_name(name)
+    return {role: option.get(role, option.get(role.split()[0])) for role in roles}
+
+
+def check_name(name: object) -> None:
+    if not isinstance(name, str) or name not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name!r}")
+
+
+class Quantizer:
+    """Quantizes matrices to one type; remembers those that it cannot.
+
+    Set `total` to the bytes of all matrices that will come, for `progress`.
+    """
+
+    def __init__(self, type: str, file: Path, progress: Callable[[str, int, int], None] | None) -> None:
+        self.type = type
+        self.total = 0
+        self._file = file
+        self._progress = progress
+        self._done = 0
+        self._left: list[tuple[str, int]] = []
+
+    def fits(self, columns: int) -> bool:
+        return columns % QUANTIZED[self.type][0] == 0
+
+    def leave(self, name: str, columns: int) -> None:
+        self._left.append((name, columns))
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """A matrix [rows, columns] quantized: uint8 [rows, bytes of a row]."""
+        array, dtype = tensor
+        group, block = QUANTIZED[self.type]
+        rows, columns = array.shape
+        if not self.fits(columns):
+            self.leave(name, columns)
+            self._advance(array.nbytes)
+            return tensor
+        out = np.empty((rows, columns // group * block), np.uint8)
+        step = max(1, _CHUNK // max(1, columns))
+
+        def part(begin: int) -> int:
+            chunk = array[begin : begin + step]
+            _core.quantize(chunk, dtype, self.type, out[begin : begin + step])
+            return chunk.nbytes
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            try:
+                for done in pool.map(part, range(0, rows, step)):
+                    self._advance(done)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._file}: tensor {name!r} cannot be quantized to {self.type}: {error}"
+                ) from error
+        return out, self.type
+
+    def _advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        if self._progress is not None:
+            self._progress(f"quantizing {self._file.name}", self._done, self.total)
+
+    def warnings(self) -> list[str]:
+        if not self._left:
+            return []
+        name, columns = self._left[0]
+        return [
+            f"{self._file}: {len(self._left)} matrices stay as they are stored, because their rows are not a multiple "
+            f"of {QUANTIZED[self.type][0]} (first: {name!r}, rows of {columns})"
+        ]
