@@ -139,6 +139,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="keep the models there (5 GB for qwen1.5b+0.5b)")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        choices=("int8", "int4", "int4-64"),
+        default=[],
+        help="also rast with these weights",
+    )
     parser.add_argument("--no-hf", action="store_true", help="leave HuggingFace out")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
@@ -151,16 +158,20 @@ def main() -> None:
         folders = random_trio(args.folder or Path(scratch), shape)
         sources = (smollm2_gguf() if args.model else folders[0], *folders[1:])
         options: dict[str, Any] = dict(device="cpu", dtype="bfloat16", num_threads=args.threads)
-        trio = rast.RastForCausalLM.from_pretrained(
-            str(sources[0]), expert=str(sources[1]), antiexpert=str(sources[2]), **options
-        )
+        names = ["none", *args.quantization]  # "none": floats also where the file holds quantized weights
+        trios = {
+            name: rast.RastForCausalLM.from_pretrained(
+                str(sources[0]), expert=str(sources[1]), antiexpert=str(sources[2]), quantization=name, **options
+            )
+            for name in names
+        }
         hf = []
         if not args.no_hf:
             for folder in folders:
                 hf.append(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
         gc.collect()
-        info = trio.info()
-        weights = [net["weight_bytes"] for net in info["nets"]]
+        info = trios["none"].info()
+        weights = {name: [net["weight_bytes"] for net in trio.info()["nets"]] for name, trio in trios.items()}
         read = MemoryRead(args.threads)
         report: dict[str, Any] = {
             "shape": shape,
@@ -170,7 +181,8 @@ def main() -> None:
             "rounds": args.rounds,
             "tokens": args.tokens,
             "dtype": "bfloat16",
-            "weight_bytes": weights,
+            "weight_bytes": weights["none"],
+            "quantized_weight_bytes": {name: weights[name] for name in args.quantization},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "rast": rast.__version__,
@@ -180,27 +192,34 @@ def main() -> None:
         print(f"{shape}, bfloat16; {machine}; medians of {args.rounds} rounds")
         for batch in args.batch:
             prompts = np.random.default_rng(0).integers(0, info["vocab_size"], (batch, PROMPT_LENGTH))
-            contestants: dict[str, Callable[[], float]] = {
-                "memory read": read,
-                "rast trio": lambda p=prompts: rast_decode(trio, p, args.tokens),
-                "rast base": lambda p=prompts: rast_decode(trio, p, args.tokens, transfer_strength=0.0),
-            }
+            contestants: dict[str, Callable[[], float]] = {"memory read": read}
+            parts = {}  # of each contestant, the bytes of its weights
+            for name, trio in trios.items():
+                suffix = "" if name == "none" else f" {name}"
+                contestants |= {
+                    f"rast trio{suffix}": lambda m=trio, p=prompts: rast_decode(m, p, args.tokens),
+                    f"rast base{suffix}": lambda m=trio, p=prompts: rast_decode(
+                        m, p, args.tokens, transfer_strength=0.0
+                    ),
+                }
+                parts |= {f"rast trio{suffix}": weights[name], f"rast base{suffix}": weights[name][:1]}
             if hf:
                 contestants["HF trio"] = lambda p=prompts: hf_decode(hf, [1.0, 1.0, -1.0], p, args.tokens)
                 contestants["HF base"] = lambda p=prompts: hf_decode(hf[:1], [1.0], p, args.tokens)
+                parts |= {"HF trio": weights["none"], "HF base": weights["none"][:1]}
             other_work = OtherWork()
             results = measure(contestants, args.rounds)
             others = other_work.share()
             median = {name: statistics.median(values) for name, values in results.items()}
             report["batches"][batch] = {"median": median, "all": results, "other_work": others}
             print(f"\nbatch {batch}; memory read {median['memory read'] / 1e9:.1f} GB/s")
-            print(f"{'':12}{'tokens/s':>10}{'of roofline':>13}{'vs HF':>8}")
+            print(f"{'':18}{'tokens/s':>10}{'of roofline':>13}{'vs HF':>8}{'vs bf16':>9}")
             for name in [name for name in contestants if name != "memory read"]:
-                part = weights if name.endswith("trio") else weights[:1]
-                share = median[name] / batch * sum(part) / median["memory read"]
-                peer = median.get("HF" + name[4:]) if name.startswith("rast") else None
+                share = median[name] / batch * sum(parts[name]) / median["memory read"]
+                peer = median.get("HF" + name[4:9]) if name.startswith("rast") else None
                 ratio = f"{median[name] / peer:7.2f}×" if peer else ""
-                print(f"{name:12}{median[name]:10.1f}{share:12.0%} {ratio:>8}")
+                own = f"{median[name] / median[name[:9]]:7.2f}×" if name[:9] != name else ""
+                print(f"{name:18}{median[name]:10.1f}{share:12.0%} {ratio:>8}{own:>9}")
             if others > MOST_OTHER_WORK:
                 print(
                     f"NOT COMPARABLE: other processes took {others:.0%} of the cores; torch suffers most. Run it alone."

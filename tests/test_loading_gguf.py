@@ -57,9 +57,17 @@ def test_smollm2() -> None:
         tensor = oracle[gguf_name(name)]
         np.testing.assert_array_equal(array, gguf.dequantize(tensor.data, tensor.tensor_type), err_msg=name)
 
-    half = load_net(path)
+    stored = load_net(path)
+    assert stored.dtype == "bfloat16"
+    assert stored.weight_types().keys() == {"Q4_1", "Q8_0", "F32"}
+    for name, (array, dtype) in stored.tensors.items():
+        assert is_mapped(array)
+        assert dtype == oracle[gguf_name(name)].tensor_type.name
+        np.testing.assert_array_equal(array, oracle[gguf_name(name)].data)
+
+    half = load_net(path, quantization="none")
     assert half.dtype == "bfloat16"
-    assert half.key() != net.key()
+    assert len({net.key(), stored.key(), half.key()}) == 3
     for name, (array, dtype) in half.tensors.items():
         exact = torch.from_numpy(net.tensors[name][0].copy())
         if exact.ndim == 1:
@@ -117,7 +125,7 @@ def test_quantized_tensors(kind: Kind, dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     model = make_model("Qwen2ForCausalLM", hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
     write_gguf(path, model, "qwen2", kind)
-    net = load_net(path, dtype=dtype)
+    net = load_net(path, dtype=dtype, quantization="none")
     assert net.dtype == ("bfloat16" if dtype == "auto" else dtype)
     assert net.config["tie_word_embeddings"]
     raw = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -258,11 +266,14 @@ def test_type_without_dequantizer(tmp_path: Path) -> None:
 def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("LlamaForCausalLM", intermediate_size=64)
     write_gguf(tmp_path / "plain.gguf", model, "llama", Kind.F16)
-    write_gguf(tmp_path / "quantized.gguf", model, "llama", Kind.Q8_0)
+    write_gguf(tmp_path / "in-place.gguf", model, "llama", Kind.Q8_0)
+    write_gguf(tmp_path / "quantized.gguf", model, "llama", Kind.Q5_1)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert load_net(tmp_path / "plain.gguf").dtype == "float16"
-    with pytest.raises(ImportError, match=r"pip install rast\[gguf\]"):
-        load_net(tmp_path / "quantized.gguf")
+    assert load_net(tmp_path / "in-place.gguf").dtype == "bfloat16"
+    for name, dtype in (("in-place", "float32"), ("quantized", "auto")):
+        with pytest.raises(ImportError, match=r"pip install rast\[gguf\]"):
+            load_net(tmp_path / f"{name}.gguf", dtype=dtype)
 
 
 @pytest.fixture(scope="module")
