@@ -251,9 +251,15 @@ RAST_API int rast_engine_run(rast_engine *engine, int (*on)(void *user, const ra
 RAST_API void rast_engine_interrupt(rast_engine *engine); /* async-signal-safe; the flag clears when it is reported */
 
 typedef struct {
-    size_t n_blocks, n_free, block_tokens; /* logical KV blocks */
-    size_t kv_bytes;                       /* storage of all blocks, all nets */
-    uint64_t steps, rows, drafted, accepted;
+    size_t n_blocks, block_tokens; /* logical KV blocks */
+    size_t n_free;                 /* of them, those that no sample holds */
+    size_t n_cached;               /* of the free ones, those that keep a prefix until their room is wanted */
+    size_t kv_bytes;               /* storage of all blocks, all nets */
+    uint64_t steps, rows;          /* rows: tokens computed, each net counted */
+    uint64_t drafted, accepted;
+    uint64_t reused;    /* tokens that a sample did not compute with net 0, since a block had them */
+    uint64_t preempted; /* times that a sample gave its blocks up */
+    uint64_t evicted;   /* blocks of kept prefixes that were used for something else */
 } rast_engine_info;
 RAST_API void rast_engine_get_info(const rast_engine *engine, rast_engine_info *out);
 

@@ -139,14 +139,20 @@ class PromptResult(TypedDict):
     parts: NDArray[np.float32] | None
 
 class EngineInfo(TypedDict):
-    n_blocks: int
-    n_free: int
+    """Fields of `rast_engine_info`."""
+
+    n_blocks: int  # of block_tokens tokens each
+    n_free: int  # held by no sample
+    n_cached: int  # of the free ones, those that keep a prefix
     block_tokens: int
     kv_bytes: int
     steps: int
-    rows: int
+    rows: int  # computed, each net counted
+    reused: int  # tokens taken from blocks instead of computed
     drafted: int
     accepted: int
+    preempted: int  # times that a sample gave its blocks up
+    evicted: int  # blocks of kept prefixes that were used for something else
 
 # (tag, sample, new token ids [n] int32, finish or None)
 OnTokens = Callable[[int, int, NDArray[np.int32], str | None], None]

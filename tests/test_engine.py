@@ -16,8 +16,9 @@ from test_binding import VOCAB, make_config, make_net, make_request
 
 from rast import _core
 
-EXAMPLES = 400 if os.environ.get("RAST_TEST_FULL") else 60
+EXAMPLES = 400 if os.environ.get("RAST_TEST_FULL") else 100
 SMALL_VOCAB = VOCAB // 2
+HEADERS = np.random.default_rng(0).integers(0, SMALL_VOCAB, (2, 100)).tolist()
 WANT = _core.WANT_LOGPROBS | _core.WANT_STATS | _core.WANT_LOGITS
 
 
@@ -36,9 +37,11 @@ def model() -> _core.Model:
 
 @st.composite
 def requests(draw: st.DrawFn) -> Any:
-    max_new = draw(st.integers(1, 12))
+    max_new = draw(st.integers(1, 12) | st.integers(70, 150))
+    header = HEADERS[draw(st.integers(0, 1))][: draw(st.sampled_from([0, 0, 31, 32, 40, 64, 65, 100]))]
+    own = draw(st.lists(st.integers(0, SMALL_VOCAB - 1), min_size=0 if header else 1, max_size=40))
     request = make_request(
-        ids=np.array(draw(st.lists(st.integers(0, SMALL_VOCAB - 1), min_size=1, max_size=70)), np.int32),
+        ids=np.array([*header, *own], np.int32),
         coef=np.array([1, *draw(st.sampled_from([(0, 0), (1, -1), (0.5, 0), (0, -0.7)]))], np.float32),
         max_new=max_new,
         seed=draw(st.integers(0, 9)),
@@ -48,10 +51,11 @@ def requests(draw: st.DrawFn) -> Any:
         top_k=draw(st.sampled_from([0, 5])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.4])),
         transfer_start=draw(st.sampled_from([0, 0, 3])),
-        eos=np.array(draw(st.lists(st.integers(0, VOCAB - 1), max_size=2)), np.int32),
+        eos=np.array(draw(st.sampled_from([[], [], [5], [3, VOCAB - 1]])), np.int32),
         n_draft=draw(st.integers(0, 5)),
         want=WANT | draw(st.sampled_from([0, _core.WANT_PROMPT])),
     )
+    request["prompt_from"] = draw(st.integers(0, len(request["ids"]) - 1))
     return request
 
 
@@ -64,39 +68,64 @@ def assert_same(got: Any, want: Any) -> None:
                 np.testing.assert_array_equal(part[name], other[name], err_msg=name)
 
 
+class Drafter:
+    """Guesses of which some are right."""
+
+    def __init__(self, batch: list[Any], want: list[Any]) -> None:
+        self.batch = batch
+        self.known: dict[tuple[int, int], Any] = {}
+        position = 0
+        for tag, request in enumerate(batch):
+            request["tag"] = tag
+            for sample in range(request["n_samples"]):
+                self.known[tag, sample] = want[position]["tokens"]
+                position += 1
+
+    def __call__(self, tag: int, sample: int, ids: np.ndarray, k: int) -> list[int]:
+        n_new = len(ids) - len(self.batch[tag]["ids"])
+        right = self.known[tag, sample][n_new : n_new + k].tolist()
+        return [*right[: 1 + n_new % 3], *([VOCAB - 1, 0, 7, 1, 2][: k - len(right[: 1 + n_new % 3])])]
+
+
+def budget(model: _core.Model, n_blocks: int) -> int:
+    return n_blocks * 32 * sum(net["kv_bytes_per_token"] for net in model.net_info())
+
+
+def assert_idle(engine: _core.Engine) -> None:
+    info = engine.info()
+    assert info["n_free"] == info["n_blocks"] >= info["n_cached"]
+
+
+@pytest.fixture(scope="module")
+def seen(model: _core.Model) -> Any:
+    """Counters of all engines of the property test: what it is about did happen."""
+    counts = {"preempted": 0, "reused": 0, "evicted": 0, "accepted": 0}
+    yield counts
+    assert all(counts.values()), counts
+
+
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(requests(), min_size=1, max_size=5),
     st.sampled_from([1, 3, 16, 0]),
     st.sampled_from([1, 2, 0]),
-    st.integers(0, 3),
+    st.integers(0, 5),
 )
-def test_together_as_alone(model: _core.Model, batch: list[Any], max_rows: int, max_seqs: int, spare: int) -> None:
-    alone = _core.Engine(model)
-    want = [result for request in batch for result in alone.run([request | {"n_draft": 0}])]
-    token = sum(net["kv_bytes_per_token"] for net in model.net_info())
+def test_together_as_alone(
+    model: _core.Model, seen: dict[str, int], batch: list[Any], max_rows: int, max_seqs: int, spare: int
+) -> None:
+    want = [result for request in batch for result in _core.Engine(model).run([request | {"n_draft": 0}])]
     blocks = max(-(-(len(r["ids"]) + r["max_new"]) // 32) for r in batch) + spare
-    engine = _core.Engine(model, kv_bytes=blocks * 32 * token, max_rows=max_rows, max_seqs=max_seqs)
-    known = {}  # (request, sample) -> its tokens, so that some drafts stand
-    position = 0
-    for tag, request in enumerate(batch):
-        request["tag"] = tag
-        for sample in range(request["n_samples"]):
-            known[tag, sample] = want[position]["tokens"]
-            position += 1
-
-    def drafter(tag: int, sample: int, ids: np.ndarray, k: int) -> list[int]:
-        n_new = len(ids) - len(batch[tag]["ids"])
-        right = known[tag, sample][n_new : n_new + k].tolist()
-        return [*right[: 1 + n_new % 3], *([VOCAB - 1, 0, 7, 1, 2][: k - len(right[: 1 + n_new % 3])])]
-
-    engine._set_drafter(drafter)
-    results = engine.run(batch)
-    assert len(results) == len(want)
-    for got, expected in zip(results, want, strict=True):
-        assert_same(got, expected)
-    info = engine.info()
-    assert info["n_free"] == info["n_blocks"]
+    engine = _core.Engine(model, kv_bytes=budget(model, blocks), max_rows=max_rows, max_seqs=max_seqs)
+    engine._set_drafter(Drafter(batch, want))
+    for _ in range(2):  # the second time with what the first left in the cache
+        results = engine.run(batch)
+        assert len(results) == len(want)
+        for got, expected in zip(results, want, strict=True):
+            assert_same(got, expected)
+        assert_idle(engine)
+    for name in seen:
+        seen[name] += engine.info()[name]  # type: ignore[literal-required]
 
 
 def test_ids_of_one_net_only_are_never_drawn_before_the_pair_joins(model: _core.Model) -> None:

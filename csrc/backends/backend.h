@@ -83,7 +83,6 @@ enum {
     RAST_DRAW_LOGITS = 8, /* write logits / scores / parts rows */
     RAST_DRAW_SCORES = 16,
     RAST_DRAW_PARTS = 32,
-
 };
 
 typedef struct { /* one output row of the transfer step */
@@ -97,6 +96,7 @@ typedef struct { /* one output row of the transfer step */
     int32_t draft;     /* token that preceding drafts add to the slot's history since the last output, or -1 */
     int32_t limit;     /* > 0: ids from here on are not drawn, whatever the terms of this output have rows for */
     int32_t mask;      /* row of `allowed`, or -1: everything */
+    int32_t logits_row, scores_row, parts_row; /* where the rows go that flags ask for */
 } rast_draw;
 
 typedef struct {
@@ -116,7 +116,7 @@ typedef struct {                              /* the transfer step: heads + sum 
     int32_t history_words; /* ceil(n_vocab / 32) */
     rast_dev out;          /* [n_out] rast_drawn */
     rast_dev drawn;        /* [slots] int32, read by embed as -1-slot */
-    rast_dev logits, scores, parts; /* optional: [n_out, n_vocab] x2, [n_out, n_terms, n_vocab]; rows whose flags ask */
+    rast_dev logits, scores, parts; /* [rows, n_vocab] x2, [rows, n_terms, n_vocab]; 0 where no output asks */
 } rast_logits;
 
 typedef enum { RAST_OF_ROWS = 0, RAST_OF_OUTS = 2 } rast_extent; /* index into pass->count; capacity goes with it */

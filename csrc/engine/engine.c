@@ -1,8 +1,11 @@
 /* engine.c: the life of an engine, and the requests it holds. */
 #include "engine.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { MAX_BLOCKS = 1 << 30 };
 
 /* ---- life ---------------------------------------------------------------------------------------------------------- */
 
@@ -22,12 +25,12 @@ static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
         if ((size_t)m->nets[i].config.max_context > context) context = (size_t)m->nets[i].config.max_context;
     size_t n = budget / one;
     if (rast_mul(rast_blocks_for(context) + 1, (size_t)e->max_seqs, &most) && n > most) n = most;
-    if (n > INT32_MAX) n = INT32_MAX;
+    if (n > MAX_BLOCKS) n = MAX_BLOCKS;
     if (!n)
         return rast_fail(err, RAST_ERR_MEMORY,
                          "the KV cache budget of %zu bytes is too small: %d tokens of all models take %zu", budget,
                          RAST_BLOCK_TOKENS, one);
-    int status = rast_blocks_init(&e->blocks, n, err);
+    int status = rast_blocks_init(&e->blocks, n, (size_t)m->n_nets, err);
     for (int32_t i = 0; i < m->n_nets && status == RAST_OK; i++)
         status = m->ops->alloc(m->ctx, n * rast_kv_block_bytes(&m->nets[i]), RAST_MEM_LAZY, &e->kv[i], err);
     e->kv_bytes = n * one;
@@ -52,12 +55,14 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
     e->cap_out = e->max_rows + e->max_seqs;                   /* a prompt's last row can be asked for twice */
     e->words = (m->n_vocab + 31) / 32;
     e->next_id = 1;
+    e->check_at = INFINITY;
     atomic_init(&e->interrupted, 0);
 
     const size_t n_seqs = (size_t)e->max_seqs, n_out = (size_t)e->cap_out;
     e->kv = calloc(n_nets, sizeof *e->kv);
     e->work = calloc((size_t)m->n_classes, sizeof *e->work);
     e->running = calloc(n_seqs, sizeof(rast_sample *));
+    e->parked = calloc(n_seqs, sizeof(rast_sample *));
     e->free_slots = calloc(n_seqs, sizeof *e->free_slots);
     e->plan.passes = calloc(n_nets, sizeof *e->plan.passes);
     e->terms = calloc(n_nets, sizeof *e->terms);
@@ -67,8 +72,8 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
     e->logprob = calloc(n_out, sizeof *e->logprob);
     e->stats = calloc(n_out, sizeof *e->stats);
     e->errors = calloc(n_seqs, sizeof *e->errors);
-    if (!e->kv || !e->work || !e->running || !e->free_slots || !e->plan.passes || !e->terms || !e->rows_left ||
-        !e->results || !e->token || !e->logprob || !e->stats || !e->errors) {
+    if (!e->kv || !e->work || !e->running || !e->parked || !e->free_slots || !e->plan.passes || !e->terms ||
+        !e->rows_left || !e->results || !e->token || !e->logprob || !e->stats || !e->errors) {
         rast_fail(err, RAST_ERR_MEMORY, "no memory for an engine of %d samples", e->max_seqs);
         goto fail;
     }
@@ -100,8 +105,11 @@ void rast_engine_free(rast_engine *e) {
     if (!e) return;
     const rast_model *m = e->model;
     for (size_t i = 0; i < e->n_running; i++) rast_sample_free(e->running[i]);
-    for (size_t i = 0; i < e->n_waiting; i++) rast_sample_free(e->waiting[i]);
-    for (size_t i = 0; i < e->n_jobs; i++) rast_job_free(e->jobs[i]);
+    for (size_t i = 0; i < e->n_parked; i++) rast_sample_free(e->parked[i]);
+    for (rast_job *job = e->first_job, *after; job; job = after) {
+        after = job->after;
+        rast_job_free(job);
+    }
     for (size_t i = 0; i < e->n_views; i++) rast_view_free(e->views[i].view);
     for (int32_t i = 0; e->kv && i < m->n_nets; i++) m->ops->release(m->ctx, e->kv[i]);
     for (int32_t c = 0; e->work && c < m->n_classes; c++) rast_workspace_free(e->model, &e->work[c]);
@@ -113,9 +121,9 @@ void rast_engine_free(rast_engine *e) {
     if (e->queue) m->ops->queue_free(e->queue);
     if (e->upload) m->ops->queue_free(e->upload);
     rast_blocks_clear(&e->blocks);
-    void *plain[] = {e->kv,      e->work,    e->views,      e->jobs,       e->waiting,   e->running,
-                     e->terms,   e->results, e->free_slots, e->arena.host, e->copies,    e->plan.passes,
-                     e->logprob, e->token,   e->stats,      e->chunks,     e->rows_left, e->errors};
+    void *plain[] = {e->kv,        e->work,        e->views,      e->running,    e->parked,  e->terms,
+                     e->results,   e->token,       e->free_slots, e->arena.host, e->logprob, e->stats,
+                     e->rows_left, e->plan.passes, e->chunks,     e->errors};
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
     free(e);
 }
@@ -132,9 +140,12 @@ static int check_room(const rast_engine *e, const rast_job *job, rast_error *err
     }
     const size_t need = rast_blocks_for(rast_job_tokens(job));
     if (need > e->blocks.n)
-        return rast_fail(err, RAST_ERR_MEMORY,
-                         "%zu tokens need a KV cache of %zu bytes, the budget has %zu: allow more or ask for less",
-                         rast_job_tokens(job), need * block_bytes(e->model), e->kv_bytes);
+        return rast_fail(
+            err, RAST_ERR_MEMORY,
+            "prompt (%zu tokens) and max_new_tokens (%d) need a KV cache for %zu tokens (%zu bytes), and this "
+            "one has room for %zu (%zu bytes): allow more memory or ask for less",
+            job->n_ids, job->stop.max_new, need * RAST_BLOCK_TOKENS, need * block_bytes(e->model),
+            e->blocks.n * RAST_BLOCK_TOKENS, e->kv_bytes);
     return RAST_OK;
 }
 
@@ -142,54 +153,42 @@ int rast_engine_add(rast_engine *e, const rast_request *request, uint64_t *id, r
     rast_job *job;
     int status = rast_job_new(e->model, request, &job, err);
     if (status) return status;
-    const size_t n_before = e->n_waiting;
-    rast_job **jobs;
     status = check_room(e, job, err);
-    if (status) goto fail;
-    jobs = rast_grow(e->jobs, &e->cap_jobs, e->n_jobs, sizeof *jobs);
-    if (!jobs) {
-        status = rast_fail(err, RAST_ERR_MEMORY, "no memory for another request");
-        goto fail;
-    }
-    e->jobs = jobs;
-    job->prefix_known = job->n_samples == 1 || job->n_ids == 1;
-    for (uint32_t i = 0; i < job->n_samples; i++) {
-        rast_sample **waiting = rast_grow(e->waiting, &e->cap_waiting, e->n_waiting, sizeof *waiting);
-        if (!waiting) {
-            status = rast_fail(err, RAST_ERR_MEMORY, "no memory for another sample");
-            goto fail;
-        }
-        e->waiting = waiting;
-        status = rast_sample_new(e->model, job, i, &e->waiting[e->n_waiting], err);
-        if (status) goto fail;
-        e->n_waiting++;
+    if (status) {
+        rast_job_free(job);
+        return status;
     }
     job->id = e->next_id++;
-    e->jobs[e->n_jobs++] = job;
+    job->before = e->last_job;
+    *(e->last_job ? &e->last_job->after : &e->first_job) = job;
+    e->last_job = job;
+    if (!e->next_job) e->next_job = job;
+    if (job->deadline != 0 && job->deadline < e->check_at) e->check_at = job->deadline;
     if (id) *id = job->id;
     return RAST_OK;
-fail:
-    while (e->n_waiting > n_before) rast_sample_free(e->waiting[--e->n_waiting]);
-    rast_job_free(job);
-    return status;
+}
+
+static void cancel(rast_engine *e, rast_job *job) {
+    job->cancelled = 1;
+    e->check_at = 0;
 }
 
 int rast_engine_cancel(rast_engine *e, uint64_t id) {
-    for (size_t i = 0; i < e->n_jobs; i++)
-        if (e->jobs[i]->id == id) {
-            e->jobs[i]->cancelled = 1;
+    for (rast_job *job = e->first_job; job; job = job->after)
+        if (job->id == id) {
+            cancel(e, job);
             return RAST_OK;
         }
     return RAST_ERR_VALUE;
 }
 
 void rast_engine_cancel_all(rast_engine *e) {
-    for (size_t i = 0; i < e->n_jobs; i++) e->jobs[i]->cancelled = 1;
+    for (rast_job *job = e->first_job; job; job = job->after) cancel(e, job);
 }
 
 void rast_engine_interrupt(rast_engine *e) { atomic_store(&e->interrupted, 1); }
 
-int rast_engine_busy(const rast_engine *e) { return e->n_jobs > 0; }
+int rast_engine_busy(const rast_engine *e) { return e->first_job != NULL; }
 
 void rast_engine_set_drafter(rast_engine *e, rast_drafter drafter, void *user) {
     e->drafter = drafter;
@@ -198,11 +197,15 @@ void rast_engine_set_drafter(rast_engine *e, rast_drafter drafter, void *user) {
 
 void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
     *out = (rast_engine_info){.n_blocks = e->blocks.n,
-                              .n_free = e->blocks.n_free,
+                              .n_free = rast_blocks_room(&e->blocks),
+                              .n_cached = e->blocks.n_kept,
                               .block_tokens = RAST_BLOCK_TOKENS,
                               .kv_bytes = e->kv_bytes,
                               .steps = e->n_steps,
                               .rows = e->n_rows,
                               .drafted = e->n_drafted,
-                              .accepted = e->n_accepted};
+                              .accepted = e->n_accepted,
+                              .reused = e->n_reused,
+                              .preempted = e->n_preempted,
+                              .evicted = e->blocks.n_evicted};
 }

@@ -1,7 +1,7 @@
 /* engine.h: what the files of the engine share: requests, samples, block table, and the plan of one step.
  *
  * A request is what the user asked for; each of its samples is a sequence of its own. A step takes every running sample one
- * draw further (or one prefill chunk), all of them in one batch: admit -> plan -> record and run -> collect.
+ * draw further (or one prefill chunk), all of them in one batch: make place, admit -> plan -> record and run -> collect.
  */
 #ifndef RAST_ENGINE_H
 #define RAST_ENGINE_H
@@ -10,24 +10,52 @@
 
 #include "../model/model.h"
 
-/* ---- blocks.c: logical KV blocks, counted references; every net has its own storage behind a block ---------------- */
+/* ---- blocks.c: logical KV blocks; every net has its own storage behind a block ------------------------------------ */
+
+typedef enum { RAST_BLOCK_FULL = 0, RAST_BLOCK_TAIL = 1 } rast_block_kind; /* 32 tokens; where a prompt ends */
 
 typedef struct {
-    uint32_t *refs; /* [n] */
-    int32_t *free;  /* stack of the free ones, lowest on top while fresh */
-    size_t n, n_free;
+    uint32_t refs;     /* samples that hold it */
+    uint32_t children; /* blocks that can be found and follow it */
+    int32_t parent;    /* the block before it, -1: it begins a sequence */
+    uint32_t chain[2]; /* next entry of the same bucket, by kind */
+    uint8_t length[2]; /* tokens under which it can be found, by kind; 0: it cannot */
+    int32_t older, newer;
+    int32_t ids[RAST_BLOCK_TOKENS];
+} rast_block;
+
+typedef struct {
+    rast_block *block; /* [n] */
+    uint8_t *filled;   /* [n, n_nets] tokens in each net's storage, and whether somebody adds to them in this step */
+    uint32_t *bucket;  /* [n_buckets] */
+    int32_t *free;     /* stack of those that came back */
+    size_t n, n_nets, n_buckets;
+    size_t n_touched;  /* blocks from here on were never used */
+    size_t n_returned; /* on the stack */
+    size_t n_kept;     /* held by nobody, but findable */
+    int32_t oldest, newest;
+    uint64_t n_evicted;
 } rast_blocks;
 
-int rast_blocks_init(rast_blocks *b, size_t n, rast_error *err);
+int rast_blocks_init(rast_blocks *b, size_t n, size_t n_nets, rast_error *err);
 void rast_blocks_clear(rast_blocks *b);
-int32_t rast_blocks_take(rast_blocks *b); /* the caller checks n_free first */
+size_t rast_blocks_room(const rast_blocks *b); /* how many take() can give */
+int32_t rast_blocks_take(rast_blocks *b);      /* a free one, else the kept one that was used longest ago; -1: none */
 void rast_blocks_share(rast_blocks *b, int32_t block);
 void rast_blocks_drop(rast_blocks *b, int32_t block);
+/* The block that follows `parent` (-1: nothing) with these n tokens, or -1; and makes one findable so. */
+int32_t rast_blocks_find(const rast_blocks *b, int32_t parent, const int32_t *ids, size_t n);
+void rast_blocks_enter(rast_blocks *b, int32_t block, int32_t parent, const int32_t *ids, size_t n,
+                       rast_block_kind kind);
+size_t rast_blocks_filled(const rast_blocks *b, int32_t block, int32_t net);
+void rast_blocks_fill(rast_blocks *b, int32_t block, int32_t net, size_t n); /* now n tokens, or more if it had more */
+int rast_blocks_claimed(const rast_blocks *b, int32_t block, int32_t net);
+void rast_blocks_claim(rast_blocks *b, int32_t block, int32_t net, int claim);
 static inline size_t rast_blocks_for(size_t tokens) { return (tokens + RAST_BLOCK_TOKENS - 1) / RAST_BLOCK_TOKENS; }
 
 /* ---- request.c: checked copies of what the user asked for --------------------------------------------------------- */
 
-typedef struct {
+typedef struct rast_job {
     uint64_t id, tag, stream; /* stream: of (seed, prompt); a sample adds its copy index */
     uint32_t first_copy, n_samples;
     int32_t *ids; /* [n_ids] */
@@ -42,10 +70,9 @@ typedef struct {
     uint32_t want, prompt_from;
     double deadline; /* CLOCK_MONOTONIC seconds, 0 = none */
     int cancelled;
-    uint32_t n_admitted, n_ended; /* samples */
-    int prefix_known;             /* later samples need not wait for the first one's prefill */
-    int32_t *prefix;              /* [n_prefix] blocks with the first n_ids - 1 tokens of all active nets, referenced */
-    size_t n_prefix;
+    int begun;                       /* a sample was admitted */
+    uint32_t n_made, n_ended;        /* samples: made so far, ended so far */
+    struct rast_job *before, *after; /* in order of arrival */
 } rast_job;
 
 int rast_job_new(const rast_model *m, const rast_request *r, rast_job **out, rast_error *err);
@@ -59,21 +86,27 @@ typedef struct {
     rast_job *job;
     uint32_t index; /* among the job's samples */
     uint64_t stream;
-    int32_t *ids; /* [n_ids] prompt and new tokens, room for all; NULL while it waits */
+    int32_t *ids; /* [n_ids] prompt and new tokens, room for all */
     size_t n_ids;
-    int32_t *blocks; /* [n_blocks] */
+    int32_t *blocks; /* [n_blocks], room for all; those of the prompt at least while it runs, none while it waits */
     size_t n_blocks;
-    uint32_t *cached; /* [n_nets] tokens in each net's KV cache */
+    size_t n_linked;  /* leading blocks that stand in the index, where others find them */
+    int32_t tail;     /* held until it is copied: a block that begins with the prompt's last tokens; or -1 */
+    uint32_t *cached; /* [n_nets] leading tokens in each net's KV cache */
     int32_t slot;     /* row of history and of drawn; -1: waiting */
     int fresh;        /* drawn[slot] is the last id */
     int history_stale;
     uint32_t n_reported; /* prompt positions that went out */
     /* this step's plan */
     int scheduled, draws;
-    uint32_t *end; /* [n_nets] tokens in the cache after the pass, drafts included */
+    uint64_t copies; /* nets that get the tail's tokens before the passes */
+    int tail_done;   /* nothing more comes from the tail */
+    uint32_t *start; /* [n_nets] first position to compute: what others have computed meanwhile is skipped */
+    uint32_t *end;   /* [n_nets] tokens in the cache after the pass, drafts included */
     int32_t *draft;
     uint32_t n_draft;
     size_t first_out, n_prompt_out, n_draw_out;
+    int32_t first_logits, first_scores, first_parts; /* rows of its outputs, where it asks for them */
 } rast_sample;
 
 int rast_sample_new(const rast_model *m, rast_job *job, uint32_t index, rast_sample **out, rast_error *err);
@@ -82,6 +115,14 @@ static inline size_t rast_sample_n_new(const rast_sample *s) { return s->n_ids -
 /* Prompt positions are still to be reported (RAST_WANT_PROMPT). */
 static inline int rast_sample_prompt_pending(const rast_sample *s) {
     return s->job->want & RAST_WANT_PROMPT && s->index == 0 && s->n_reported < s->job->n_ids;
+}
+/* First prompt position that is still to be reported, and so to be computed by this sample itself. */
+static inline size_t rast_sample_first_wanted(const rast_sample *s) {
+    return s->n_reported > s->job->prompt_from ? s->n_reported : s->job->prompt_from;
+}
+/* First position of the block that holds the last token. */
+static inline size_t rast_sample_last_block(const rast_sample *s) {
+    return (s->n_ids - 1) / RAST_BLOCK_TOKENS * RAST_BLOCK_TOKENS;
 }
 /* Appends a token and says whether the sample ends with it. */
 rast_finish rast_sample_append(const rast_model *m, rast_sample *s, int32_t token);
@@ -109,8 +150,10 @@ typedef struct {
     rast_pass_plan *passes; /* [n_passes], room for one a net */
     int32_t n_passes;
     size_t n_out, n_masks, n_rows;
-    uint32_t flags;            /* RAST_DRAW_* of all outputs, or-ed */
-    size_t draw, coef, copies; /* offsets into the arena: [n_out], [n_out, n_nets], [n_copies, 2] */
+    int32_t n_logits, n_scores, n_parts; /* outputs that ask for these rows */
+    size_t draw, coef;                   /* offsets into the arena: [n_out], [n_out, n_nets] */
+    size_t copies[RAST_MAX_NETS];        /* likewise, of each net: [n_copies, 2] blocks (from, to) */
+    int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
 
 typedef struct {
@@ -135,18 +178,17 @@ struct rast_engine {
     size_t n_views, cap_views;
     int32_t max_rows, max_seqs, cap_out;
 
-    rast_job **jobs;
-    size_t n_jobs, cap_jobs;
-    rast_sample **waiting, **running; /* in order of arrival */
-    size_t n_waiting, cap_waiting, n_running;
+    rast_job *first_job, *last_job, *next_job; /* next_job: the first of which samples are still to be made */
+    rast_sample **running;                     /* in order of arrival: all before those in `parked` */
+    rast_sample **parked;                      /* a stack, first come on top: preempted, or made and without room yet */
+    size_t n_running, n_parked;                /* at most max_seqs together */
+    double check_at;                           /* when requests that have not begun may have to end */
     int32_t *free_slots;
     int32_t n_free_slots;
     uint64_t next_id;
 
     rast_plan plan;
     rast_arena arena;
-    int32_t *copies; /* [n_copies, 2] blocks (from, to) to copy before the next passes */
-    size_t n_copies, cap_copies;
     rast_term *terms;   /* [n_nets] */
     int32_t *rows_left; /* [n_nets] while planning */
     rast_rows history;  /* [max_seqs, words] 32-bit words, made when a penalty first needs it */
@@ -168,8 +210,19 @@ struct rast_engine {
     rast_drafter drafter;
     void *drafter_user;
     atomic_int interrupted;
-    uint64_t n_steps, n_rows, n_drafted, n_accepted;
+    uint64_t n_steps, n_rows, n_drafted, n_accepted, n_reused, n_preempted;
 };
+
+/* admit.c: samples come and go. */
+/* Frees the sample, and its request after the last one. The caller takes it out of its list. */
+void rast_end_sample(rast_engine *e, rast_sample *s);
+/* Counts n samples of a job as ended; frees it after the last one. */
+void rast_end_samples(rast_engine *e, rast_job *job, uint32_t n);
+/* Blocks for every running sample's tokens; where there are none, those that came last give way. */
+void rast_make_place(rast_engine *e);
+int rast_admit(rast_engine *e, rast_error *err);
+/* After a step: what the sample computed, others can use. */
+void rast_commit(rast_engine *e, rast_sample *s);
 
 /* Chooses the rows of every running sample, fills plan and arena (offsets only). Changes nothing of a sample but its plan. */
 int rast_plan_step(rast_engine *e, rast_error *err);

@@ -78,7 +78,7 @@ static size_t prompt_rows_limit(const rast_engine *e, const rast_sample *s) {
     if (want & RAST_WANT_COMPONENTS) planes += (size_t)e->model->n_nets;
     if (!planes) return SIZE_MAX;
     const size_t rows = MAX_ROW_BYTES / (planes * (size_t)e->model->n_vocab * sizeof(float));
-    const size_t silent = s->job->prompt_from > s->cached[0] ? s->job->prompt_from - s->cached[0] : 0;
+    const size_t wanted = rast_sample_first_wanted(s), silent = wanted > s->start[0] ? wanted - s->start[0] : 0;
     return silent + (rows ? rows : 1);
 }
 
@@ -101,6 +101,13 @@ static void ask_drafter(rast_engine *e, rast_sample *s, size_t reserved) {
             const size_t left = (size_t)e->rows_left[m] > reserved ? (size_t)e->rows_left[m] - reserved : 0;
             if (k > left) k = left;
         }
+    while (k && s->n_blocks < rast_blocks_for(s->n_ids + k)) { /* for drafts nobody gives way */
+        const int32_t block = rast_blocks_take(&e->blocks);
+        if (block >= 0)
+            s->blocks[s->n_blocks++] = block;
+        else
+            k = s->n_blocks * RAST_BLOCK_TOKENS - s->n_ids;
+    }
     if (!k) return;
     size_t n = e->drafter(e->drafter_user, job->tag, s->index, s->ids, s->n_ids, s->draft, k);
     if (n > k) n = k;
@@ -110,27 +117,91 @@ static void ask_drafter(rast_engine *e, rast_sample *s, size_t reserved) {
     }
 }
 
+/* First position that each net has to compute: behind what the blocks hold by now, whoever filled them, but no prompt position
+ * that is still to be reported is skipped; those go through all nets together. */
+static void find_start(const rast_engine *e, rast_sample *s) {
+    const int pending = rast_sample_prompt_pending(s);
+    const size_t wanted = rast_sample_first_wanted(s), last = s->n_ids - 1;
+    const size_t bound = pending && wanted < last ? wanted : last;
+    uint32_t least = UINT32_MAX;
+    for (int32_t m = 0; m < e->model->n_nets; m++) {
+        size_t at = s->cached[m];
+        while (at < bound && has(s->job->active, m)) {
+            const size_t block = at / RAST_BLOCK_TOKENS;
+            size_t known = block * RAST_BLOCK_TOKENS + rast_blocks_filled(&e->blocks, s->blocks[block], m);
+            if (known > bound) known = bound;
+            if (known <= at) break;
+            at = known;
+        }
+        s->start[m] = (uint32_t)at;
+        if (has(s->job->active, m) && s->start[m] < least) least = s->start[m];
+    }
+    for (int32_t m = 0; m < e->model->n_nets && pending; m++)
+        if (has(s->job->active, m)) s->start[m] = least;
+}
+
+/* Takes over what the sample's tail block has of the last block's tokens. Returns where the rows of this step must end: before
+ * that block as long as another sample computes these tokens. */
+static size_t use_tail(const rast_engine *e, rast_sample *s) {
+    const size_t first = rast_sample_last_block(s), want = s->n_ids - 1 - first;
+    s->copies = 0;
+    s->tail_done = 0;
+    if (s->tail < 0) return SIZE_MAX;
+    for (int32_t m = 0; m < e->model->n_nets; m++) {
+        if (!has(s->job->active, m) || target(s, m) <= s->start[m]) continue;
+        if (s->start[m] < first) return first;
+        if (rast_blocks_filled(&e->blocks, s->tail, m) < want && rast_blocks_claimed(&e->blocks, s->tail, m))
+            return first;
+    }
+    s->tail_done = 1;
+    for (int32_t m = 0; m < e->model->n_nets; m++) {
+        const size_t known = rast_blocks_filled(&e->blocks, s->tail, m), got = known < want ? known : want;
+        if (!has(s->job->active, m) || s->start[m] != first || !got) continue;
+        s->start[m] = (uint32_t)(first + got);
+        s->copies |= (uint64_t)1 << m;
+    }
+    return SIZE_MAX;
+}
+
+/* Where a run of rows from the net's start to `end` must end: before a block that another sample computes in this step. */
+static size_t open_end(const rast_engine *e, const rast_sample *s, int32_t m, size_t end) {
+    for (size_t i = s->start[m] / RAST_BLOCK_TOKENS; i * RAST_BLOCK_TOKENS < end; i++)
+        if (rast_blocks_claimed(&e->blocks, s->blocks[i], m))
+            return i * RAST_BLOCK_TOKENS > s->start[m] ? i * RAST_BLOCK_TOKENS : s->start[m];
+    return end;
+}
+
+static void claim_rows(rast_engine *e, const rast_sample *s, int claim) {
+    for (int32_t m = 0; m < e->model->n_nets && s->scheduled; m++)
+        for (size_t i = s->start[m] / RAST_BLOCK_TOKENS; s->end[m] > s->start[m] && i * RAST_BLOCK_TOKENS < s->end[m];
+             i++)
+            rast_blocks_claim(&e->blocks, s->blocks[i], m, claim);
+}
+
 static void choose_rows(rast_engine *e, rast_sample *s, size_t reserved) {
     const int32_t n_nets = e->model->n_nets;
     const uint64_t active = s->job->active;
-    const size_t limit = prompt_rows_limit(e, s);
-    size_t take = limit;
-    int fits = 1;
     s->scheduled = s->draws = 0;
     s->n_draft = 0;
+    find_start(e, s);
+    const size_t stop = use_tail(e, s), limit = prompt_rows_limit(e, s);
+    size_t take = limit;
+    int fits = 1;
     for (int32_t m = 0; m < n_nets; m++) {
-        s->end[m] = s->cached[m];
-        if (!has(active, m) || target(s, m) <= s->cached[m]) continue;
-        const size_t left = rows_for(e, m, reserved);
-        if (target(s, m) - s->cached[m] > (left < limit ? left : limit)) fits = 0;
+        s->end[m] = s->start[m];
+        if (!has(active, m) || target(s, m) <= s->start[m]) continue;
+        const size_t left = rows_for(e, m, reserved), end = open_end(e, s, m, target(s, m));
+        if (target(s, m) - s->start[m] > (left < limit ? left : limit) || end < target(s, m) || stop < target(s, m))
+            fits = 0;
         if (left < take) take = left;
+        if (rast_sample_prompt_pending(s) && end - s->start[m] < take) take = end - s->start[m];
     }
     if (fits) {
         s->draws = s->job->stop.max_new > 0;
         for (int32_t m = 0; m < n_nets; m++)
-            if (has(active, m) && target(s, m) > s->cached[m]) {
+            if (has(active, m) && target(s, m) > s->start[m]) {
                 s->end[m] = (uint32_t)target(s, m);
-                e->rows_left[m] -= (int32_t)(s->end[m] - s->cached[m]);
+                e->rows_left[m] -= (int32_t)(s->end[m] - s->start[m]);
             }
         ask_drafter(e, s, reserved);
         for (int32_t m = 0; m < n_nets; m++)
@@ -139,18 +210,20 @@ static void choose_rows(rast_engine *e, rast_sample *s, size_t reserved) {
                 e->rows_left[m] -= (int32_t)s->n_draft;
             }
         s->scheduled = 1;
-        return;
     }
-    for (int32_t m = 0; m < n_nets && take; m++) {
-        size_t end = s->cached[m] + take;
+    for (int32_t m = 0; m < n_nets && take && !fits; m++) {
+        size_t end = s->start[m] + take;
         if (!has(active, m)) continue;
         if (end > target(s, m)) end = target(s, m);
         if (end > s->n_ids - 1) end = s->n_ids - 1; /* the last row goes when all nets can take it */
-        if (end <= s->cached[m]) continue;
+        if (end > stop) end = stop;
+        end = open_end(e, s, m, end);
+        if (end <= s->start[m]) continue;
         s->end[m] = (uint32_t)end;
-        e->rows_left[m] -= (int32_t)(end - s->cached[m]);
+        e->rows_left[m] -= (int32_t)(end - s->start[m]);
         s->scheduled = 1;
     }
+    claim_rows(e, s, 1);
 }
 
 /* All nets of the next draw lack only the last token. */
@@ -167,12 +240,19 @@ static void count_outputs(rast_engine *e, rast_sample *s) {
     s->n_prompt_out = s->n_draw_out = 0;
     if (!s->scheduled) return;
     if (rast_sample_prompt_pending(s)) {
-        const size_t from = s->cached[0] > s->job->prompt_from ? s->cached[0] : s->job->prompt_from;
+        const size_t wanted = rast_sample_first_wanted(s), from = s->start[0] > wanted ? s->start[0] : wanted;
         const size_t end = s->end[0] - s->n_draft;
         if (end > from) s->n_prompt_out = end - from;
     }
     if (s->draws) s->n_draw_out = 1 + s->n_draft;
-    e->plan.n_out += s->n_prompt_out + s->n_draw_out;
+    const size_t n = s->n_prompt_out + s->n_draw_out;
+    s->first_logits = e->plan.n_logits;
+    s->first_scores = e->plan.n_scores;
+    s->first_parts = e->plan.n_parts;
+    if (s->job->want & RAST_WANT_LOGITS) e->plan.n_logits += (int32_t)n;
+    if (s->job->want & RAST_WANT_SCORES) e->plan.n_scores += (int32_t)s->n_draw_out;
+    if (s->job->want & RAST_WANT_COMPONENTS) e->plan.n_parts += (int32_t)n;
+    e->plan.n_out += n;
 }
 
 /* Position whose row gives output i of the sample. */
@@ -198,8 +278,9 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
         draw->flags = draw_flags(job->want);
         draw->target = next < job->n_ids ? job->ids[next] : -2;
         draw->limit = job->limit;
+        draw->logits_row = s->first_logits + (int32_t)i;
+        draw->parts_row = s->first_parts + (int32_t)i;
         memcpy(coef, job->coef, n_nets * sizeof *coef);
-        e->plan.flags |= draw->flags;
     }
     for (uint32_t i = 0; i < s->n_draw_out; i++, draw++, coef += n_nets) {
         *draw = (rast_draw){.temperature = sampling->temperature,
@@ -216,12 +297,14 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
         draw->flags = draw_flags(job->want) | (sampling->do_sample ? RAST_DRAW_SAMPLE : 0u) |
                       (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u);
         draw->limit = job->limit;
+        draw->logits_row = s->first_logits + (int32_t)(s->n_prompt_out + i);
+        draw->parts_row = s->first_parts + (int32_t)(s->n_prompt_out + i);
+        draw->scores_row = s->first_scores + (int32_t)i;
         if (rast_sample_has_mask(s, i)) draw->mask = (int32_t)e->plan.n_masks++;
         if (rast_sample_n_new(s) < job->transfer_start)
             coef[0] = 1;
         else
             memcpy(coef, job->coef, n_nets * sizeof *coef);
-        e->plan.flags |= draw->flags;
     }
 }
 
@@ -231,7 +314,7 @@ static int same_rows(const rast_engine *e, int32_t a, int32_t b) {
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
         if (!s->scheduled) continue;
-        if (s->cached[a] != s->cached[b] || s->end[a] != s->end[b]) return 0;
+        if (s->start[a] != s->start[b] || s->end[a] != s->end[b]) return 0;
     }
     return 1;
 }
@@ -243,8 +326,8 @@ static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
     size_t n_rows = 0, n_segs = 0, n_ctx = 0;
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
-        if (!s->scheduled || s->end[net] == s->cached[net]) continue;
-        n_rows += s->end[net] - s->cached[net];
+        if (!s->scheduled || s->end[net] == s->start[net]) continue;
+        n_rows += s->end[net] - s->start[net];
         n_segs++;
         if (s->end[net] > n_ctx) n_ctx = s->end[net];
     }
@@ -274,7 +357,7 @@ static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
         if (!s->scheduled) continue;
-        const size_t from = s->cached[net], end = s->end[net];
+        const size_t from = s->start[net], end = s->end[net];
         for (size_t o = 0; o < s->n_prompt_out + s->n_draw_out; o++) {
             const size_t at = output_position(s, o);
             out_row[s->first_out + o] = at >= from && at < end ? row + (int32_t)(at - from) : -1;
@@ -294,7 +377,26 @@ static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
     }
     seg_row[seg] = row;
     count[0] = row, count[1] = seg, count[2] = (int32_t)e->plan.n_out;
-    e->plan.n_rows += (size_t)row;
+    e->plan.n_rows += (size_t)row * (size_t)p->n_nets;
+    return RAST_OK;
+}
+
+/* Tails that samples take over in this net. */
+static int list_copies(rast_engine *e, int32_t net, rast_error *err) {
+    rast_plan *plan = &e->plan;
+    size_t n = 0;
+    for (size_t i = 0; i < e->n_running; i++) n += e->running[i]->scheduled && has(e->running[i]->copies, net);
+    plan->n_copies[net] = (int32_t)n;
+    if (!n) return RAST_OK;
+    int status = arena_take(&e->arena, n * 2 * sizeof(int32_t), &plan->copies[net], err);
+    if (status) return status;
+    int32_t *pair = ints(&e->arena, plan->copies[net]);
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        if (!s->scheduled || !has(s->copies, net)) continue;
+        *pair++ = s->tail;
+        *pair++ = s->blocks[rast_sample_last_block(s) / RAST_BLOCK_TOKENS];
+    }
     return RAST_OK;
 }
 
@@ -303,22 +405,24 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
     const int32_t n_nets = e->model->n_nets;
     plan->n_passes = 0;
     plan->n_out = plan->n_masks = plan->n_rows = 0;
-    plan->flags = 0;
+    plan->n_logits = plan->n_scores = plan->n_parts = 0;
     for (int32_t m = 0; m < n_nets; m++) e->rows_left[m] = e->max_rows;
     size_t behind = e->n_running;
     for (size_t i = 0; i < e->n_running; i++) /* a row for everyone, before drafts and prompts take what is left */
         if (is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
     for (size_t i = 0; i < e->n_running; i++)
         if (!is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
-    for (size_t i = 0; i < e->n_running; i++) count_outputs(e, e->running[i]);
+    for (size_t i = 0; i < e->n_running; i++) {
+        claim_rows(e, e->running[i], 0);
+        count_outputs(e, e->running[i]);
+    }
 
     e->arena.used = 0;
     int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
     if (status == RAST_OK)
         status = arena_take(&e->arena, plan->n_out * (size_t)n_nets * sizeof(float), &plan->coef, err);
-    if (status == RAST_OK) status = arena_take(&e->arena, e->n_copies * 2 * sizeof(int32_t), &plan->copies, err);
+    for (int32_t m = 0; m < n_nets && status == RAST_OK; m++) status = list_copies(e, m, err);
     if (status) return status;
-    if (e->n_copies) memcpy(e->arena.host + plan->copies, e->copies, e->n_copies * 2 * sizeof(int32_t));
     for (size_t i = 0; i < e->n_running; i++)
         if (e->running[i]->scheduled) describe_outputs(e, e->running[i]);
 
@@ -326,7 +430,7 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
     for (int32_t m = 0; m < n_nets; m++) {
         int runs = 0;
         for (size_t i = 0; i < e->n_running && !runs; i++)
-            runs = e->running[i]->scheduled && e->running[i]->end[m] > e->running[i]->cached[m];
+            runs = e->running[i]->scheduled && e->running[i]->end[m] > e->running[i]->start[m];
         if (!runs || has(planned, m)) continue;
         rast_pass_plan *p = &plan->passes[plan->n_passes];
         *p = (rast_pass_plan){.cls = e->model->nets[m].cls};

@@ -157,6 +157,5 @@ void rast_job_free(rast_job *job) {
     free((void *)job->stop.eos);
     free((void *)job->stop.strings);
     free((void *)job->stop.string_len);
-    free(job->prefix);
     free(job);
 }

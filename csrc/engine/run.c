@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_VIEWS = 256 }; /* kept from step to step */
+
 /* At least `bytes`, contents not kept. */
 static int ensure(rast_engine *e, rast_rows *r, size_t bytes, rast_error *err) {
     const rast_ops *ops = e->model->ops;
@@ -27,7 +29,7 @@ static int ensure_rows(rast_engine *e, rast_rows *r, size_t rows, size_t width, 
 
 static rast_dev at(const void *host) { return (rast_dev)(uintptr_t)host; }
 
-/* The view of a set of nets, made at first use. */
+/* The view of a set of nets, made at first use and kept. */
 static int view_of(rast_engine *e, uint64_t mask, const int32_t *nets, int32_t n, rast_view **out, rast_error *err) {
     for (size_t i = 0; i < e->n_views; i++)
         if (e->views[i].mask == mask) {
@@ -44,6 +46,11 @@ static int view_of(rast_engine *e, uint64_t mask, const int32_t *nets, int32_t n
     return status;
 }
 
+/* Requests with ever other coefficients must not fill the memory with views. */
+static void free_views(rast_engine *e) {
+    while (e->n_views) rast_view_free(e->views[--e->n_views].view);
+}
+
 static int uses_history(const rast_sample *s) { return s->draws && s->job->sampling.repetition_penalty != 1; }
 
 /* Everything that may need memory, before anything is recorded. */
@@ -54,12 +61,9 @@ static int prepare(rast_engine *e, rast_error *err) {
     for (size_t i = 0; i < e->n_running; i++) history |= uses_history(e->running[i]);
     if (history) status = ensure_rows(e, &e->history, (size_t)e->max_seqs, words, err);
     if (status == RAST_OK) status = ensure_rows(e, &e->masks, plan->n_masks, words, err);
-    if (status == RAST_OK && plan->flags & RAST_DRAW_LOGITS)
-        status = ensure_rows(e, &e->logits, plan->n_out, n_vocab, err);
-    if (status == RAST_OK && plan->flags & RAST_DRAW_SCORES)
-        status = ensure_rows(e, &e->scores, plan->n_out, n_vocab, err);
-    if (status == RAST_OK && plan->flags & RAST_DRAW_PARTS)
-        status = ensure_rows(e, &e->parts, plan->n_out * n_nets, n_vocab, err);
+    if (status == RAST_OK) status = ensure_rows(e, &e->logits, (size_t)plan->n_logits, n_vocab, err);
+    if (status == RAST_OK) status = ensure_rows(e, &e->scores, (size_t)plan->n_scores, n_vocab, err);
+    if (status == RAST_OK) status = ensure_rows(e, &e->parts, (size_t)plan->n_parts * n_nets, n_vocab, err);
     if (status == RAST_OK && e->arena.used > e->arena.dev_cap) {
         e->model->ops->release(e->model->ctx, e->arena.dev);
         e->arena.dev = 0, e->arena.dev_cap = 0;
@@ -114,11 +118,12 @@ static void resolve(rast_engine *e) {
 }
 
 static int record_copies(rast_engine *e, rast_error *err) {
-    for (int32_t net = 0; e->n_copies && net < e->model->n_nets; net++) {
+    for (int32_t net = 0; net < e->model->n_nets; net++) {
         rast_view *view;
+        if (!e->plan.n_copies[net]) continue;
         int status = view_of(e, (uint64_t)1 << net, &net, 1, &view, err);
         if (status) return status;
-        rast_view_copy_blocks(view, e->queue, e->arena.dev + e->plan.copies, (int32_t)e->n_copies);
+        rast_view_copy_blocks(view, e->queue, e->arena.dev + e->plan.copies[net], e->plan.n_copies[net]);
     }
     return RAST_OK;
 }
@@ -166,19 +171,26 @@ static void record_combine(rast_engine *e) {
                            .history_words = e->words,
                            .out = e->out,
                            .drawn = e->drawn,
-                           .logits = plan->flags & RAST_DRAW_LOGITS ? e->logits.dev : 0,
-                           .scores = plan->flags & RAST_DRAW_SCORES ? e->scores.dev : 0,
-                           .parts = plan->flags & RAST_DRAW_PARTS ? e->parts.dev : 0};
+                           .logits = plan->n_logits ? e->logits.dev : 0,
+                           .scores = plan->n_scores ? e->scores.dev : 0,
+                           .parts = plan->n_parts ? e->parts.dev : 0};
     m->ops->combine(e->queue, &l);
     m->ops->copy(e->queue, at(e->results), e->out, n_out * sizeof *e->results, RAST_COPY_TO_HOST);
-    if (l.logits) m->ops->copy(e->queue, at(e->logits.host), l.logits, n_out * row, RAST_COPY_TO_HOST);
-    if (l.scores) m->ops->copy(e->queue, at(e->scores.host), l.scores, n_out * row, RAST_COPY_TO_HOST);
-    if (l.parts) m->ops->copy(e->queue, at(e->parts.host), l.parts, n_out * (size_t)m->n_nets * row, RAST_COPY_TO_HOST);
+    const struct {
+        const rast_rows *rows;
+        size_t n;
+    } planes[] = {{&e->logits, (size_t)plan->n_logits},
+                  {&e->scores, (size_t)plan->n_scores},
+                  {&e->parts, (size_t)plan->n_parts * (size_t)m->n_nets}};
+    for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)
+        if (planes[i].n)
+            m->ops->copy(e->queue, at(planes[i].rows->host), planes[i].rows->dev, planes[i].n * row, RAST_COPY_TO_HOST);
 }
 
 int rast_run_plan(rast_engine *e, rast_error *err) {
     const rast_ops *ops = e->model->ops;
     rast_event event;
+    if (e->n_views > MAX_VIEWS) free_views(e);
     int status = prepare(e, err);
     if (status == RAST_OK) status = upload(e, &event, err);
     if (status) return status;

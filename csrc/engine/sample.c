@@ -15,11 +15,16 @@ int rast_sample_new(const rast_model *m, rast_job *job, uint32_t index, rast_sam
     s->index = index;
     s->slot = -1;
     s->n_ids = job->n_ids;
+    s->tail = -1;
     s->stream = rast_mix(job->stream + 0x9E3779B97F4A7C15u * ((uint64_t)job->first_copy + index + 1));
     s->cached = calloc(n_nets, sizeof *s->cached);
+    s->start = calloc(n_nets, sizeof *s->start);
     s->end = calloc(n_nets, sizeof *s->end);
     s->draft = calloc((size_t)job->n_draft + 1, sizeof *s->draft);
-    if (!s->cached || !s->end || !s->draft) goto memory;
+    s->ids = malloc(rast_job_tokens(job) * sizeof *s->ids);
+    s->blocks = malloc(rast_blocks_for(rast_job_tokens(job)) * sizeof *s->blocks);
+    if (!s->cached || !s->start || !s->end || !s->draft || !s->ids || !s->blocks) goto memory;
+    memcpy(s->ids, job->ids, job->n_ids * sizeof *s->ids);
     *out = s;
     return RAST_OK;
 memory:
@@ -32,6 +37,7 @@ void rast_sample_free(rast_sample *s) {
     free(s->ids);
     free(s->blocks);
     free(s->cached);
+    free(s->start);
     free(s->end);
     free(s->draft);
     free(s);

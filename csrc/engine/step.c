@@ -1,169 +1,89 @@
-/* step.c: one step of every sample: admit, plan, run, collect. */
+/* step.c: one step of every sample: make place, admit, plan, run, collect. */
 #include "engine.h"
 
-#include <stdlib.h>
-#include <string.h>
+#include <math.h>
 
-/* ---- samples come and go ------------------------------------------------------------------------------------------- */
+/* ---- samples that end before the step -------------------------------------------------------------------------------- */
 
-static void drop_prefix(rast_engine *e, rast_job *job) {
-    for (size_t i = 0; i < job->n_prefix; i++) rast_blocks_drop(&e->blocks, job->prefix[i]);
-    free(job->prefix);
-    job->prefix = NULL;
-    job->n_prefix = 0;
+/* Room for n chunks more, and for all that the rest of a step can give, so that collecting cannot fail. */
+static int make_room(rast_engine *e, size_t n, rast_error *err) {
+    const size_t most = e->n_chunks + n + 3 * (size_t)e->max_seqs;
+    rast_chunk *chunks = rast_grow(e->chunks, &e->cap_chunks, most, sizeof *chunks);
+    if (!chunks) return rast_fail(err, RAST_ERR_MEMORY, "no memory for the results of a step");
+    e->chunks = chunks;
+    return RAST_OK;
 }
 
-/* Copies that a failed step left undone must not hit a block's next owner. */
-static void drop_copies(rast_engine *e, const rast_sample *s) {
-    size_t kept = 0;
-    for (size_t i = 0; i < e->n_copies; i++) {
-        int ours = 0;
-        for (size_t b = 0; b < s->n_blocks && !ours; b++) ours = s->blocks[b] == e->copies[2 * i + 1];
-        if (ours) continue;
-        e->copies[2 * kept] = e->copies[2 * i];
-        e->copies[2 * kept + 1] = e->copies[2 * i + 1];
-        kept++;
-    }
-    e->n_copies = kept;
-}
-
-/* Frees the sample, and its request after the last one. The caller takes it out of its list. */
-static void end_sample(rast_engine *e, rast_sample *s) {
-    rast_job *job = s->job;
-    drop_copies(e, s);
-    for (size_t i = 0; i < s->n_blocks; i++) rast_blocks_drop(&e->blocks, s->blocks[i]);
-    if (s->slot >= 0)
-        e->free_slots[e->n_free_slots++] = s->slot;
-    else
-        job->n_admitted++;                    /* it never will be: nobody keeps the prefix for it */
-    if (s->index == 0) job->prefix_known = 1; /* the others do without, if it had none to give */
-    rast_sample_free(s);
-    if (++job->n_ended < job->n_samples) return;
-    drop_prefix(e, job);
-    for (size_t i = 0; i < e->n_jobs; i++)
-        if (e->jobs[i] == job) {
-            memmove(&e->jobs[i], &e->jobs[i + 1], (e->n_jobs - i - 1) * sizeof *e->jobs);
-            e->n_jobs--;
-            break;
-        }
-    rast_job_free(job);
-}
-
-static rast_chunk *add_chunk(rast_engine *e, const rast_sample *s, rast_finish finish) {
-    rast_chunk *c = &e->chunks[e->n_chunks++]; /* rast_engine_step made room */
-    *c = (rast_chunk){.id = s->job->id, .tag = s->job->tag, .sample = s->index, .finish = finish};
-    c->position = (uint32_t)rast_sample_n_new(s);
+static rast_chunk *add_chunk(rast_engine *e, const rast_job *job, uint32_t sample, uint32_t position,
+                             rast_finish finish) {
+    rast_chunk *c = &e->chunks[e->n_chunks++];
+    *c = (rast_chunk){.id = job->id, .tag = job->tag, .sample = sample, .position = position, .finish = finish};
     return c;
 }
 
-/* A deadline does not end a sample before its first token (as in HuggingFace), unless none of its request has begun. */
-static size_t end_stopped(rast_engine *e, rast_sample **list, size_t n) {
-    const double t = rast_now();
+static rast_chunk *sample_chunk(rast_engine *e, const rast_sample *s, rast_finish finish) {
+    return add_chunk(e, s->job, s->index, (uint32_t)rast_sample_n_new(s), finish);
+}
+
+/* How a sample without new tokens, or with some, has to end now. A deadline does not end a sample before its first token (as
+ * in HuggingFace), unless none of its request has begun. */
+static rast_finish must_end(const rast_job *job, size_t n_new, double now) {
+    const int owed = job->stop.max_new > 0 && job->begun && !n_new;
+    if (job->cancelled) return RAST_FINISH_CANCELLED;
+    return job->deadline != 0 && now >= job->deadline && !owed ? RAST_FINISH_TIME : RAST_RUNNING;
+}
+
+static size_t end_stopped(rast_engine *e, rast_sample **list, size_t n, double now) {
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = list[i];
-        const int owed = s->job->stop.max_new > 0 && s->job->n_admitted > 0 && (s->slot < 0 || !rast_sample_n_new(s));
-        const int late = s->job->deadline != 0 && t >= s->job->deadline && !owed;
-        if (!s->job->cancelled && !late) {
+        const rast_finish finish = must_end(s->job, rast_sample_n_new(s), now);
+        if (!finish) {
             list[kept++] = s;
             continue;
         }
-        add_chunk(e, s, s->job->cancelled ? RAST_FINISH_CANCELLED : RAST_FINISH_TIME);
-        end_sample(e, s);
+        sample_chunk(e, s, finish);
+        rast_end_sample(e, s);
     }
     return kept;
 }
 
-/* Gives the sample its blocks (the prompt's shared ones, where the request has a prefix, and room for all it may become),
- * its slot and its tokens. 1: admitted; 0: no room yet; negative: no memory. */
-static int admit_one(rast_engine *e, rast_sample *s) {
-    rast_job *job = s->job;
-    const size_t n_blocks = rast_blocks_for(rast_job_tokens(job)), n_known = job->n_prefix ? job->n_ids - 1 : 0;
-    const size_t n_shared = n_known / RAST_BLOCK_TOKENS;
-    if (!e->n_free_slots || e->blocks.n_free < n_blocks - n_shared) return 0;
-    int32_t *copies = rast_grow(e->copies, &e->cap_copies, e->n_copies, 2 * sizeof *copies);
-    if (!copies) return -1;
-    e->copies = copies;
-    s->ids = malloc(rast_job_tokens(job) * sizeof *s->ids);
-    s->blocks = malloc(n_blocks * sizeof *s->blocks);
-    if (!s->ids || !s->blocks) {
-        free(s->ids);
-        free(s->blocks);
-        s->ids = NULL, s->blocks = NULL;
-        return -1;
-    }
-    memcpy(s->ids, job->ids, job->n_ids * sizeof *s->ids);
-    for (size_t i = 0; i < n_blocks; i++) {
-        if (i < n_shared)
-            rast_blocks_share(&e->blocks, s->blocks[i] = job->prefix[i]);
-        else
-            s->blocks[i] = rast_blocks_take(&e->blocks);
-    }
-    s->n_blocks = n_blocks;
-    if (n_known % RAST_BLOCK_TOKENS) {
-        e->copies[2 * e->n_copies] = job->prefix[n_shared];
-        e->copies[2 * e->n_copies + 1] = s->blocks[n_shared];
-        e->n_copies++;
-    }
-    for (int32_t m = 0; m < e->model->n_nets; m++)
-        if (job->active >> m & 1) s->cached[m] = (uint32_t)n_known;
-    s->slot = e->free_slots[--e->n_free_slots];
-    s->history_stale = 1;
-    job->n_admitted++;
-    return 1;
-}
-
-static int admit(rast_engine *e, rast_error *err) {
-    size_t kept = 0, i = 0;
-    int admitted = 1;
-    for (; i < e->n_waiting; i++) {
-        rast_sample *s = e->waiting[i];
-        if (s->job->cancelled || (s->index > 0 && !s->job->prefix_known)) {
-            e->waiting[kept++] = s;
+/* The samples that are not even made; looked at only when a request was cancelled or a deadline has passed. */
+static int end_unmade(rast_engine *e, double now, rast_error *err) {
+    if (now < e->check_at) return RAST_OK;
+    double next = INFINITY;
+    for (rast_job *job = e->next_job, *after; job; job = after) {
+        after = job->after;
+        const rast_finish finish = must_end(job, 0, now);
+        const uint32_t n = job->n_samples - job->n_made;
+        if (!finish || !n) {
+            if (job->deadline > now && job->deadline < next) next = job->deadline;
             continue;
         }
-        admitted = admit_one(e, s);
-        if (admitted == 0 && e->n_running == 0) { /* only kept prefixes are in the way */
-            for (size_t j = 0; j < e->n_jobs; j++) drop_prefix(e, e->jobs[j]);
-            admitted = admit_one(e, s);
-        }
-        if (admitted <= 0) break; /* in order of arrival: nobody overtakes */
-        e->running[e->n_running++] = s;
+        int status = make_room(e, n, err);
+        if (status) return status;
+        while (job->n_made < job->n_samples) add_chunk(e, job, job->n_made++, 0, finish);
+        rast_end_samples(e, job, n);
     }
-    memmove(&e->waiting[kept], &e->waiting[i], (e->n_waiting - i) * sizeof(rast_sample *));
-    e->n_waiting = kept + (e->n_waiting - i);
-    if (admitted >= 0 || e->n_running > 0) return RAST_OK; /* those that run need no more memory */
-    return rast_fail(err, RAST_ERR_MEMORY, "no memory for another sample");
-}
-
-/* Once the first sample has its prompt cached, its blocks serve the request's other samples. */
-static void keep_prefix(rast_engine *e, rast_sample *s) {
-    rast_job *job = s->job;
-    if (s->index != 0 || job->prefix_known) return;
-    for (int32_t m = 0; m < e->model->n_nets; m++)
-        if (job->active >> m & 1 && s->cached[m] + 1 < job->n_ids) return;
-    job->prefix_known = 1;
-    const size_t n = rast_blocks_for(job->n_ids - 1);
-    job->prefix = malloc(n * sizeof *job->prefix);
-    if (!job->prefix) return; /* the others compute it themselves */
-    for (size_t i = 0; i < n; i++) rast_blocks_share(&e->blocks, job->prefix[i] = s->blocks[i]);
-    job->n_prefix = n;
+    e->check_at = next;
+    return RAST_OK;
 }
 
 /* ---- results ------------------------------------------------------------------------------------------------------- */
 
-/* Outputs [from, from + n) of the sample as a chunk. */
+/* Outputs [from, from + n) of the sample, all of its prompt's or all of its draws, as a chunk. */
 static rast_chunk *chunk_of_rows(rast_engine *e, const rast_sample *s, size_t from, size_t n, uint32_t position) {
     const uint32_t want = s->job->want;
     const size_t o = s->first_out + from, row = (size_t)e->model->n_vocab, n_nets = (size_t)e->model->n_nets;
-    rast_chunk *c = add_chunk(e, s, RAST_RUNNING);
+    rast_chunk *c = sample_chunk(e, s, RAST_RUNNING);
     c->n = (uint32_t)n;
     c->position = position;
     c->token = e->token + o;
     if (want & RAST_WANT_LOGPROBS) c->logprob = e->logprob + o;
     if (want & RAST_WANT_STATS) c->stats = e->stats + o;
-    if (want & RAST_WANT_LOGITS) c->logits = (const float *)e->logits.host + o * row;
-    if (want & RAST_WANT_COMPONENTS) c->parts = (const float *)e->parts.host + o * row * n_nets;
+    if (want & RAST_WANT_LOGITS) c->logits = (const float *)e->logits.host + ((size_t)s->first_logits + from) * row;
+    if (want & RAST_WANT_COMPONENTS)
+        c->parts = (const float *)e->parts.host + ((size_t)s->first_parts + from) * row * n_nets;
     return c;
 }
 
@@ -186,7 +106,7 @@ static int check_output(const rast_engine *e, const rast_sample *s, size_t outpu
 static rast_finish fail_sample(rast_engine *e, const rast_sample *s, const rast_error *why) {
     rast_error *kept = &e->errors[e->n_errors++]; /* at most one a running sample */
     *kept = *why;
-    add_chunk(e, s, RAST_FINISH_ERROR)->error = kept;
+    sample_chunk(e, s, RAST_FINISH_ERROR)->error = kept;
     return RAST_FINISH_ERROR;
 }
 
@@ -196,7 +116,7 @@ static rast_finish collect_prompt(rast_engine *e, rast_sample *s) {
     rast_error why;
     for (size_t i = 0; i < s->n_prompt_out; i++)
         if (check_output(e, s, i, first + i, &why)) return fail_sample(e, s, &why);
-    s->n_reported = end;
+    if (end > s->n_reported) s->n_reported = end;
     if (s->n_prompt_out) chunk_of_rows(e, s, 0, s->n_prompt_out, (uint32_t)first)->prompt = 1;
     if (end < s->job->n_ids || s->job->stop.max_new > 0) return RAST_RUNNING;
     e->chunks[e->n_chunks - 1].finish = RAST_FINISH_LENGTH;
@@ -225,7 +145,7 @@ static rast_finish collect_draws(rast_engine *e, rast_sample *s) {
     if (!finish && s->job->deadline != 0 && rast_now() >= s->job->deadline) finish = RAST_FINISH_TIME;
     rast_chunk *c = chunk_of_rows(e, s, s->n_prompt_out, n, first);
     if (s->job->want & RAST_WANT_SCORES)
-        c->scores = (const float *)e->scores.host + (s->first_out + s->n_prompt_out) * (size_t)e->model->n_vocab;
+        c->scores = (const float *)e->scores.host + (size_t)s->first_scores * (size_t)e->model->n_vocab;
     c->finish = finish;
     return finish;
 }
@@ -235,41 +155,32 @@ static rast_finish collect(rast_engine *e, rast_sample *s) {
     if (!s->scheduled) return finish;
     if (rast_sample_prompt_pending(s)) finish = collect_prompt(e, s);
     if (!finish && s->draws) finish = collect_draws(e, s);
-    for (int32_t m = 0; m < e->model->n_nets; m++) /* rejected drafts leave the cache */
-        s->cached[m] = s->end[m] < s->n_ids ? s->end[m] : (uint32_t)s->n_ids - 1;
-    keep_prefix(e, s);
+    rast_commit(e, s);
     return finish;
 }
 
 /* ---- the public step ----------------------------------------------------------------------------------------------- */
 
-/* Room for all chunks that a step can give, so that collecting cannot fail. */
-static int make_room(rast_engine *e, rast_error *err) {
-    if (!e->failed) e->n_chunks = 0;
-    const size_t most = e->n_chunks + e->n_waiting + 3 * (size_t)e->max_seqs;
-    rast_chunk *chunks = rast_grow(e->chunks, &e->cap_chunks, most, sizeof *chunks);
-    if (!chunks) return rast_fail(err, RAST_ERR_MEMORY, "no memory for the results of a step");
-    e->chunks = chunks;
-    e->n_errors = 0;
-    e->failed = 1; /* until the step has succeeded */
-    return RAST_OK;
-}
-
 int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_error *err) {
     *chunks = NULL;
     *n = 0;
     if (atomic_exchange(&e->interrupted, 0)) return rast_fail(err, RAST_ERR_INTERRUPTED, "interrupted");
-    int status = make_room(e, err);
+    if (!e->failed) e->n_chunks = 0;
+    e->failed = 1; /* until the step has succeeded */
+    e->n_errors = 0;
+    const double now = rast_now();
+    int status = end_unmade(e, now, err);
+    if (status == RAST_OK) status = make_room(e, 0, err);
     if (status) return status;
-    e->n_running = end_stopped(e, e->running, e->n_running);
-    status = admit(e, err);
-    e->n_waiting = end_stopped(e, e->waiting, e->n_waiting); /* those that found no room */
+    e->n_running = end_stopped(e, e->running, e->n_running, now);
+    e->n_parked = end_stopped(e, e->parked, e->n_parked, now);
+    rast_make_place(e);
+    status = rast_admit(e, err);
     if (status == RAST_OK && e->n_running) status = rast_plan_step(e, err);
     if (status == RAST_OK && e->n_running) status = rast_run_plan(e, err);
     if (status) return status;
     *chunks = e->chunks;
     if (e->n_running) {
-        e->n_copies = 0;
         e->n_steps++;
         e->n_rows += e->plan.n_rows;
         for (size_t o = 0; o < e->plan.n_out; o++) {
@@ -282,9 +193,8 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     for (size_t i = 0; i < e->n_running; i++) {
         rast_sample *s = e->running[i];
         const rast_finish finish = collect(e, s);
-        if (s->job->n_prefix && s->job->n_admitted == s->job->n_samples) drop_prefix(e, s->job);
         if (finish)
-            end_sample(e, s);
+            rast_end_sample(e, s);
         else
             e->running[kept++] = s;
     }

@@ -280,10 +280,20 @@ static PyObject *engine_info(PyObject *object, PyObject *unused) {
     if (py_model_claim(self->model)) return NULL;
     rast_engine_get_info(self->handle->engine, &info);
     py_model_release(self->model);
-    return Py_BuildValue("{snsnsnsnsKsKsKsK}", "n_blocks", (Py_ssize_t)info.n_blocks, "n_free", (Py_ssize_t)info.n_free,
-                         "block_tokens", (Py_ssize_t)info.block_tokens, "kv_bytes", (Py_ssize_t)info.kv_bytes, "steps",
-                         (unsigned long long)info.steps, "rows", (unsigned long long)info.rows, "drafted",
-                         (unsigned long long)info.drafted, "accepted", (unsigned long long)info.accepted);
+    const struct {
+        const char *name;
+        unsigned long long value;
+    } entries[] = {{"n_blocks", info.n_blocks}, {"n_free", info.n_free},       {"n_cached", info.n_cached},
+                   {"kv_bytes", info.kv_bytes}, {"steps", info.steps},         {"block_tokens", info.block_tokens},
+                   {"rows", info.rows},         {"reused", info.reused},       {"drafted", info.drafted},
+                   {"accepted", info.accepted}, {"preempted", info.preempted}, {"evicted", info.evicted}};
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict && i < sizeof entries / sizeof *entries; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(entries[i].value);
+        if (!value || PyDict_SetItemString(dict, entries[i].name, value)) Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
 }
 
 /* ---- drafts ------------------------------------------------------------------------------------------------------ */

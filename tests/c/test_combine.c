@@ -211,6 +211,7 @@ static void run(rast_ctx *ctx, const scene *s, size_t o, size_t n, uint32_t flag
     for (size_t i = 0; i < n; i++) {
         draw[i] = s->draw[o + i];
         draw[i].flags |= flags;
+        draw[i].logits_row = draw[i].scores_row = draw[i].parts_row = (int32_t)(o + i);
     }
     if (saved) { /* [n_out, n_terms, n_vocab] to [n_terms, n_out, n_vocab] */
         saved_copy = zeroed(rows * s->n_terms, sizeof(float));
@@ -242,9 +243,9 @@ static void run(rast_ctx *ctx, const scene *s, size_t o, size_t n, uint32_t flag
                            .history_words = (int32_t)s->words,
                            .out = (rast_dev)(r->out + o),
                            .drawn = (rast_dev)r->drawn,
-                           .logits = (rast_dev)(r->logits + o * s->n_vocab),
-                           .scores = (rast_dev)(r->scores + o * s->n_vocab),
-                           .parts = (rast_dev)(r->parts + o * s->n_terms * s->n_vocab)};
+                           .logits = (rast_dev)r->logits,
+                           .scores = (rast_dev)r->scores,
+                           .parts = (rast_dev)r->parts};
     CHECK(!ops->queue_new(ctx, &q, &err), "%s", err.message);
     CHECK(!ops->begin(q, 0), "begin");
     ops->combine(q, &l);

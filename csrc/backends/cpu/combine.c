@@ -137,7 +137,8 @@ static void finish_tile(const combine_job *j, size_t o, size_t tile, const float
     const size_t n = n_vocab - first < DRAW_TILE ? n_vocab - first : DRAW_TILE;
 
     if (wants_sums(d)) j->k->tile_stats(x, d->flags & RAST_DRAW_STATS ? base : NULL, DRAW_TILE, stats);
-    if (d->flags & RAST_DRAW_LOGITS) store_tile((float *)l->logits + o * n_vocab + first, x, n, patch);
+    if (d->flags & RAST_DRAW_LOGITS)
+        store_tile((float *)l->logits + (size_t)d->logits_row * n_vocab + first, x, n, patch);
     if (!plan->row && d->target != -1) return;
 
     float processed[DRAW_TILE];
@@ -179,7 +180,7 @@ static span_scratch span_layout(size_t block, size_t n_terms, int has_uncommon, 
 
 static void write_part(const combine_job *j, size_t o, size_t m, size_t first, size_t n, const float *logits) {
     const size_t n_vocab = (size_t)j->l.n_vocab;
-    float *row = (float *)j->l.parts + (o * (size_t)j->l.n_terms + m) * n_vocab + first;
+    float *row = (float *)j->l.parts + ((size_t)draw_of(j, o)->parts_row * (size_t)j->l.n_terms + m) * n_vocab + first;
     for (size_t i = 0; i < n; i++) row[i] = logits ? logits[i] : NAN;
 }
 
@@ -436,7 +437,7 @@ static const out_plan *record_plan(rast_queue *q, const rast_logits *l, size_t n
             if (m > 0 && l->terms[m].n_uncommon > 0) plan[o].has_uncommon = 1;
         }
         if (d->limit > 0 && d->limit < plan[o].limit) plan[o].limit = d->limit;
-        if (scores) plan[o].row = (float *)l->scores + o * n_vocab;
+        if (scores) plan[o].row = (float *)l->scores + (size_t)d->scores_row * n_vocab;
         if (!draw_has_filter(d) || !(scores || d->target == -1)) continue;
         *any_filter = 1;
         if (!scores && !(plan[o].row = temp_array(q, n_vocab, 1, sizeof(float)))) return NULL;
