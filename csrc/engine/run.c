@@ -187,7 +187,7 @@ static void record_combine(rast_engine *e) {
             m->ops->copy(e->queue, at(planes[i].rows->host), planes[i].rows->dev, planes[i].n * row, RAST_COPY_TO_HOST);
 }
 
-int rast_run_plan(rast_engine *e, rast_error *err) {
+static int run_plan(rast_engine *e, rast_error *err) {
     const rast_ops *ops = e->model->ops;
     rast_event event;
     if (e->n_views > MAX_VIEWS) free_views(e);
@@ -205,5 +205,12 @@ int rast_run_plan(rast_engine *e, rast_error *err) {
     if (status == RAST_OK) status = ops->wait(e->model->ctx, event, err);
     for (size_t i = 0; i < e->n_running && status == RAST_OK; i++)
         if (e->running[i]->scheduled && uses_history(e->running[i])) e->running[i]->history_stale = 0;
+    return status;
+}
+
+int rast_run_plan(rast_engine *e, rast_error *err) {
+    int status = run_plan(e, err);
+    for (size_t i = 0; i < e->n_running && status; i++)
+        e->running[i]->fresh = 0; /* what a failed step drew stands in `drawn`, but the sample does not have it */
     return status;
 }

@@ -1,0 +1,244 @@
+/* test_engine.c: the engine on a device that fails: every call of a run that can fail (memory, submission) fails once, and the
+ * step is tried again. Tokens stay as they were, and every block comes back. */
+#include "engine/engine.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { VOCAB = 61, HIDDEN = 32, HEADS = 2, HEAD_DIM = 16, INNER = 48, LAYERS = 2, N_NETS = 3, N_REQUESTS = 5 };
+enum { MAX_NEW = 80, MAX_SAMPLES = 3 };
+
+#define CHECK(ok, ...)                                                                                                 \
+    do {                                                                                                               \
+        if (!(ok)) {                                                                                                   \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #ok);                                                   \
+            fprintf(stderr, __VA_ARGS__);                                                                              \
+            fputc('\n', stderr);                                                                                       \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+/* ---- a device whose n-th call fails ------------------------------------------------------------------------------------ */
+
+static long calls, fails_at; /* fails_at -1: never */
+
+static int fails(rast_error *err) {
+    if (calls++ != fails_at) return 0;
+    rast_fail(err, RAST_ERR_MEMORY, "injected");
+    return 1;
+}
+
+static int failing_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_error *err) {
+    *out = 0;
+    return fails(err) ? RAST_ERR_MEMORY : rast_cpu_ops.alloc(ctx, bytes, kind, out, err);
+}
+
+static int failing_submit(rast_queue *q, rast_event *event, rast_error *err) {
+    return fails(err) ? RAST_ERR_MEMORY : rast_cpu_ops.submit(q, event, err);
+}
+
+/* Fails after the work is done: what it wrote must not count. */
+static int failing_wait(rast_ctx *ctx, rast_event event, rast_error *err) {
+    return fails(err) ? RAST_ERR_DEVICE : rast_cpu_ops.wait(ctx, event, err);
+}
+
+/* ---- three small nets --------------------------------------------------------------------------------------------------- */
+
+static uint32_t rng_state = 1;
+
+static float *random_floats(size_t n) {
+    float *x = malloc(n * sizeof *x);
+    CHECK(x, "memory");
+    for (size_t i = 0; i < n; i++) {
+        rng_state = rng_state * 1664525u + 1013904223u;
+        x[i] = (float)(rng_state >> 8) / (float)(1 << 24) - 0.5f;
+    }
+    return x;
+}
+
+typedef struct {
+    char names[3 + 9 * LAYERS][64];
+    rast_tensor tensors[3 + 9 * LAYERS];
+    size_t n;
+} weights;
+
+static void add(weights *w, const char *name, size_t rows, size_t cols) {
+    rast_tensor *t = &w->tensors[w->n];
+    snprintf(w->names[w->n], sizeof *w->names, "%s", name);
+    *t = (rast_tensor){.name = w->names[w->n++], .data = random_floats(rows * cols), .dtype = RAST_F32};
+    t->n_dims = cols > 1 ? 2 : 1;
+    t->shape[0] = rows;
+    t->shape[1] = cols > 1 ? cols : 0;
+}
+
+static void make_weights(weights *w) {
+    static const struct {
+        const char *name;
+        size_t rows, cols;
+    } parts[] = {{"input_layernorm", HIDDEN, 1},
+                 {"post_attention_layernorm", HIDDEN, 1},
+                 {"self_attn.q_proj", HEADS * HEAD_DIM, HIDDEN},
+                 {"self_attn.k_proj", HEAD_DIM, HIDDEN},
+                 {"self_attn.v_proj", HEAD_DIM, HIDDEN},
+                 {"self_attn.o_proj", HIDDEN, HEADS * HEAD_DIM},
+                 {"mlp.gate_proj", INNER, HIDDEN},
+                 {"mlp.up_proj", INNER, HIDDEN},
+                 {"mlp.down_proj", HIDDEN, INNER}};
+    w->n = 0;
+    add(w, "model.embed_tokens.weight", VOCAB, HIDDEN);
+    add(w, "model.norm.weight", HIDDEN, 1);
+    for (int layer = 0; layer < LAYERS; layer++)
+        for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+            char name[64];
+            snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, parts[i].name);
+            add(w, name, parts[i].rows, parts[i].cols);
+        }
+}
+
+static rast_model *make_model(weights w[N_NETS]) {
+    rast_net nets[N_NETS];
+    const rast_device device = {.n_threads = 2};
+    rast_error err;
+    rast_model *m;
+    for (int i = 0; i < N_NETS; i++) {
+        make_weights(&w[i]);
+        nets[i] = (rast_net){.name = "net", .tensors = w[i].tensors, .n_tensors = w[i].n, .dtype = RAST_F32};
+        nets[i].config = (rast_config){.n_layers = LAYERS,
+                                       .n_heads = HEADS,
+                                       .n_kv_heads = 1,
+                                       .head_dim = HEAD_DIM,
+                                       .hidden_size = HIDDEN,
+                                       .intermediate_size = INNER,
+                                       .vocab_size = VOCAB,
+                                       .max_context = 4096,
+                                       .rms_norm_eps = 1e-6f,
+                                       .rope_theta = 1e4f,
+                                       .tie_word_embeddings = 1};
+    }
+    CHECK(!rast_model_new(&device, nets, N_NETS, NULL, &m, &err), "%s", err.message);
+    return m;
+}
+
+/* ---- runs --------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int32_t token[MAX_NEW];
+    size_t n;
+    float prompt_logprob[128];
+    size_t n_prompt;
+} sequence;
+
+typedef struct {
+    sequence s[N_REQUESTS][MAX_SAMPLES];
+    long n_failures;
+    rast_engine_info info;
+} outcome;
+
+static int32_t prompt[N_REQUESTS][120];
+static const size_t n_prompt[N_REQUESTS] = {70, 64, 90, 1, 75};
+
+static void add_requests(rast_engine *e) {
+    static const float coef[N_REQUESTS][N_NETS] = {{1, 1, -1}, {1, 1, -1}, {1, 0, 0}, {1, 1, 0}, {1, 1, -1}};
+    rast_error err;
+    for (size_t i = 0; i < N_REQUESTS; i++) {
+        const int32_t suppressed = 3;
+        const rast_request r = {.ids = prompt[i],
+                                .n_ids = n_prompt[i],
+                                .tag = i,
+                                .seed = i,
+                                .n_samples = 1 + (uint32_t)i % MAX_SAMPLES,
+                                .coef = coef[i],
+                                .n_coef = N_NETS,
+                                .transfer_start = i == 1 ? 3 : 0,
+                                .sampling = {.do_sample = 1,
+                                             .temperature = 1,
+                                             .top_p = 1,
+                                             .repetition_penalty = i == 0 ? 1.3f : 1,
+                                             .suppress = &suppressed,
+                                             .n_suppress = i == 3},
+                                .stop = {.max_new = i == 4 ? 1 : MAX_NEW - 10 * (int32_t)i},
+                                .want = i == 4 ? RAST_WANT_PROMPT | RAST_WANT_LOGPROBS | RAST_WANT_LOGITS : 0};
+        CHECK(!rast_engine_add(e, &r, NULL, &err), "%s", err.message);
+    }
+}
+
+static void take_chunks(outcome *out, const rast_chunk *chunks, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const rast_chunk *c = &chunks[i];
+        sequence *s = &out->s[c->tag][c->sample];
+        CHECK(c->finish != RAST_FINISH_ERROR, "%s", c->error->message);
+        if (c->prompt) {
+            CHECK(c->position == s->n_prompt, "prompt rows at %u, not %zu", c->position, s->n_prompt);
+            memcpy(s->prompt_logprob + s->n_prompt, c->logprob, c->n * sizeof(float));
+            s->n_prompt += c->n;
+        } else {
+            CHECK(c->position == s->n, "tokens at %u, not %zu", c->position, s->n);
+            memcpy(s->token + s->n, c->token, c->n * sizeof(int32_t));
+            s->n += c->n;
+        }
+    }
+}
+
+/* All requests on a new engine; the failing call is the n-th after the engine was made. */
+static void run(rast_model *m, size_t n_blocks, long n, outcome *out) {
+    const rast_budget budget = {.kv_bytes = n_blocks * N_NETS * rast_kv_block_bytes(&m->nets[0]), .max_rows = 48};
+    rast_engine *e;
+    rast_error err;
+    memset(out, 0, sizeof *out);
+    fails_at = -1;
+    CHECK(!rast_engine_new(m, &budget, &e, &err), "%s", err.message);
+    add_requests(e);
+    calls = 0;
+    fails_at = n;
+    while (rast_engine_busy(e)) {
+        const rast_chunk *chunks;
+        size_t n_chunks;
+        if (rast_engine_step(e, &chunks, &n_chunks, &err))
+            CHECK(++out->n_failures <= 1, "%s", err.message);
+        else
+            take_chunks(out, chunks, n_chunks);
+    }
+    rast_engine_get_info(e, &out->info);
+    CHECK(out->info.n_free == n_blocks, "%zu of %zu blocks came back", out->info.n_free, n_blocks);
+    for (size_t b = 0; b < n_blocks; b++) CHECK(e->blocks.block[b].refs == 0, "block %zu is held", b);
+    rast_engine_free(e);
+}
+
+int main(void) {
+    weights w[N_NETS];
+    rast_model *m = make_model(w);
+    rast_ops ops = rast_cpu_ops;
+    outcome *roomy = malloc(sizeof *roomy), *got = malloc(sizeof *got);
+    CHECK(roomy && got, "memory");
+    ops.alloc = failing_alloc;
+    ops.submit = failing_submit;
+    ops.wait = failing_wait;
+    m->ops = &ops;
+    for (size_t i = 0; i < N_REQUESTS; i++)
+        for (size_t j = 0; j < n_prompt[i]; j++) /* a common header of 50 tokens */
+            prompt[i][j] = (int32_t)((j < 50 ? j * j : j * j + i * 7) % VOCAB);
+
+    run(m, 200, -1, roomy);
+    const long n_roomy = calls;
+    CHECK(roomy->info.preempted == 0 && roomy->info.reused > 0, "a roomy run reuses and preempts nobody");
+    run(m, 7, -1, got);
+    const long n_tight = calls;
+    CHECK(got->info.preempted > 0 && got->info.evicted > 0, "a tight run preempts and evicts");
+    CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "a tight run gives other tokens");
+    for (long n = 0; n < n_tight; n++) {
+        run(m, 7, n, got);
+        CHECK(got->n_failures == 1, "call %ld did not fail the step", n);
+        CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "other tokens after call %ld failed", n);
+    }
+    for (long n = 0; n < n_roomy; n += 5) {
+        run(m, 200, n, got);
+        CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "other tokens after call %ld failed", n);
+    }
+    free(roomy);
+    free(got);
+    rast_model_free(m);
+    for (int i = 0; i < N_NETS; i++)
+        for (size_t t = 0; t < w[i].n; t++) free((void *)w[i].tensors[t].data);
+    return 0;
+}
