@@ -35,6 +35,7 @@ def bench(
     as_json: common.Json = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
+    quantization: common.Quantization = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,
     cache_dir: common.CacheDir = None,
