@@ -251,6 +251,7 @@ RAST_API int rast_engine_run(rast_engine *engine, int (*on)(void *user, const ra
 RAST_API void rast_engine_interrupt(rast_engine *engine); /* async-signal-safe; the flag clears when it is reported */
 
 typedef struct {
+    int32_t max_rows, max_seqs;    /* of the budget, defaults filled in */
     size_t n_blocks, block_tokens; /* logical KV blocks */
     size_t n_free;                 /* of them, those that no sample holds */
     size_t n_cached;               /* of the free ones, those that keep a prefix until their room is wanted */

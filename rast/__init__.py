@@ -8,9 +8,10 @@ out = model.generate(ids, max_new_tokens=64)
 print(model.tokenizer.decode(out[0]))
 """
 
+from rast.batching import Request
 from rast.demo import load_demo
 from rast.modeling import RastForCausalLM, TransferPair
-from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
+from rast.outputs import ForwardOutput, GenerateOutput, Sample, ScoreOutput
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,8 @@ __all__ = [
     "ForwardOutput",
     "GenerateOutput",
     "RastForCausalLM",
+    "Request",
+    "Sample",
     "ScoreOutput",
     "TransferPair",
     "__version__",

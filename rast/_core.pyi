@@ -141,6 +141,8 @@ class PromptResult(TypedDict):
 class EngineInfo(TypedDict):
     """Fields of `rast_engine_info`."""
 
+    max_rows: int  # of one net in a step
+    max_seqs: int  # samples that run at once
     n_blocks: int  # of block_tokens tokens each
     n_free: int  # held by no sample
     n_cached: int  # of the free ones, those that keep a prefix
@@ -164,7 +166,14 @@ class Engine:
     def run(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Result]:
         """Adds the requests, steps until all their samples ended, with the GIL released; results in the order of
         requests and samples. Without `on_tokens` it takes the GIL only now and then, to let signals in: an exception
-        there (Ctrl-C) or in `on_tokens` cancels the requests, drains the engine and is raised."""
+        there (Ctrl-C) or in `on_tokens` ends these requests and is raised. What sessions have submitted goes on too."""
+    def submit(self, request: Request, session: int) -> int:
+        """Queues a request for a session, a number that its caller chose, not 0. Returns the request's id."""
+    def collect(self, session: int, seconds: float) -> list[Result]:
+        """Steps until a sample of the session has ended, at most about so long; those that have ended, at once if there
+        are any. An exception (Ctrl-C, memory) leaves everything as it is: collect again, or abandon."""
+    def abandon(self, session: int) -> None:
+        """Ends and forgets all that the session has."""
     def add(self, request: Request) -> int: ...
     def cancel(self, id: int) -> None: ...
     def step(self) -> list[Result]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import threading
+import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rast import _core
+from rast.batching import GenerateIterator, Request, Turns
 from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
 from rast.inputs import Ids, Mask, Prompts, read_prompts
 from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
@@ -88,7 +89,8 @@ class RastForCausalLM:
         *,
         num_threads: int | None,
         max_context: int | None,
-        kv_cache_bytes: int | None,
+        kv_cache_tokens: int | None,
+        max_memory: int | str | None,
         max_batch_rows: int | None,
         max_batch_size: int | None,
     ) -> None:
@@ -121,12 +123,13 @@ class RastForCausalLM:
             core_nets, num_threads=num_threads or 0, n_valid=agreed.n_valid, pieces=agreed.pieces
         )
         self._budget = {
-            "kv_bytes": kv_cache_bytes or 0,
+            "kv_bytes": _kv_bytes(self._core_model.net_info(), nets, kv_cache_tokens, max_memory),
             "max_rows": max_batch_rows or 0,
             "max_seqs": max_batch_size or 0,
         }
         self._engine: _core.Engine | None = None
-        self._lock = threading.RLock()
+        self._turns = Turns()
+        self._abandoned: list[int] = []  # sessions whose iterator died
         self._process = os.getpid()
         self._can_stop_at_strings = agreed.pieces is not None
         self.tokenizer = nets[0].loaded.tokenizer
@@ -155,7 +158,8 @@ class RastForCausalLM:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-        kv_cache_bytes: int | None = None,
+        kv_cache_tokens: int | None = None,
+        max_memory: int | str | None = None,
         max_batch_rows: int | None = None,
         max_batch_size: int | None = None,
         progress: Progress | None = None,
@@ -180,7 +184,13 @@ class RastForCausalLM:
             max_context: overrides the context limit of all models.
             revision: of the base on the Hub (branch, tag or commit); the other models use their default branch.
             cache_dir, token, local_files_only: as in huggingface_hub.
-            kv_cache_bytes: memory for keys and values of all models together; None: half of what is free.
+            kv_cache_tokens: tokens, over all sequences, whose keys and values fit into memory at once, rounded up to
+                blocks of 32. What has ended stays while there is room, for prompts that begin alike; when there is no
+                room, sequences wait, or are computed again. None: what max_memory leaves, else half of the memory
+                that is free at the first use.
+            max_memory: bytes, or a string such as "2GiB" or "500MB": limits the keys and values of all models together
+                with the weights that had to be copied or converted (mapped files can be dropped and do not count).
+                The buffers of one step come on top. Memory is used as it is needed, up to the limit.
             max_batch_rows: most tokens that one step runs through a model (prompt chunks); None: 512.
             max_batch_size: most sequences that run at once, more wait their turn; None: 64.
             progress: called while loading, see `rast.loading.Progress`.
@@ -197,7 +207,7 @@ class RastForCausalLM:
         for name, value in (
             ("num_threads", num_threads),
             ("max_context", max_context),
-            ("kv_cache_bytes", kv_cache_bytes),
+            ("kv_cache_tokens", kv_cache_tokens),
             ("max_batch_rows", max_batch_rows),
             ("max_batch_size", max_batch_size),
         ):
@@ -251,7 +261,8 @@ class RastForCausalLM:
             strengths,
             num_threads=num_threads,
             max_context=max_context,
-            kv_cache_bytes=kv_cache_bytes,
+            kv_cache_tokens=kv_cache_tokens,
+            max_memory=max_memory,
             max_batch_rows=max_batch_rows,
             max_batch_size=max_batch_size,
         )
@@ -315,6 +326,19 @@ class RastForCausalLM:
             "warnings": list(self.load_warnings),
         }
 
+    def cache_info(self) -> dict[str, int]:
+        """State and counters of the KV cache that all calls share (`stream` has its own).
+
+        `n_blocks` of `block_tokens` tokens, `kv_bytes` altogether; `n_free`: held by no sequence; `n_cached`: of these,
+        the ones that keep a prefix. `steps`; `rows`: tokens computed, each model counted; `reused`: tokens the base did
+        not compute again; `preempted`: times that a sequence had to make room; `evicted`: kept blocks given up.
+        """
+        engine = self._take_turn()
+        try:
+            return dict(engine.info())
+        finally:
+            self._turns.release()
+
     def __repr__(self) -> str:
         info = self.info()
         lines = [
@@ -365,12 +389,7 @@ class RastForCausalLM:
         """
         prompts = read_prompts(input_ids, attention_mask)
         opts = self._options(options, generation_config)
-        want = 0
-        if opts.return_dict_in_generate:
-            want = _core.WANT_LOGPROBS | _core.WANT_STATS
-            want |= _core.WANT_SCORES if opts.output_scores else 0
-            want |= _core.WANT_LOGITS if opts.output_logits else 0
-        requests = self._requests(prompts, opts, want)
+        requests = self._requests(prompts, opts, _wanted(opts))
         on_tokens = None
         if streamer is not None:
             if len(prompts) * opts.num_return_sequences != 1:
@@ -408,6 +427,35 @@ class RastForCausalLM:
         if opts.return_dict_in_generate:
             raise ValueError("stream() yields token ids only: return_dict_in_generate does not apply")
         return self._steps(self._requests(prompts, opts, want=0), opts.num_return_sequences)
+
+    def generate_iter(
+        self, requests: Iterable[Request | Mapping[str, Any]], *, generation_config: Any = None, **options: Any
+    ) -> GenerateIterator:
+        """Continues any number of prompts, and yields each sequence when it ends, in any order.
+
+        Requests join as others end, so the model always runs as many sequences as it can. Each has options of its own;
+        a bad one fails alone. A sequence gets the same tokens as from `generate` with its prompt, options and seed.
+
+        Example:
+            requests = (rast.Request(ids, tag=i, options={"seed": i}) for i, ids in enumerate(prompts))
+            for sample in model.generate_iter(requests, max_new_tokens=256, do_sample=True):
+                print(sample.tag, model.tokenizer.decode(sample.new_tokens))
+
+        Args:
+            requests: `rast.Request` objects, or dicts with `input_ids`, perhaps `tag` and `copy`, and options. May be
+                a generator: it is asked for the next one when there is place.
+            generation_config: as in `generate`.
+            **options: of all requests that do not say otherwise; see `rast.generation.GenerateKwargs`. Without a seed
+                every request gets one from the system.
+
+        Returns:
+            An iterator over `rast.Sample`, with `cancel(tag)` and `close()`. An exception of `requests` comes out when
+            all samples that have ended are out; then, and after Ctrl-C, nothing runs any more, and the model is free.
+        """
+        self._check_process()
+        if isinstance(requests, Mapping | Request) or not isinstance(requests, Iterable):
+            raise TypeError(f"requests must be an iterable of requests, not {type(requests).__name__}")
+        return GenerateIterator(self, requests, generation_config, options)
 
     @overload
     def forward(
@@ -565,6 +613,22 @@ class RastForCausalLM:
             )
         return requests
 
+    def _read_request(
+        self, request: Request, config: Any, options: Mapping[str, Any]
+    ) -> tuple[_core.Request, int | None]:
+        """A request of `generate_iter` for the core, and its seed if somebody chose one."""
+        prompts = read_prompts(request.input_ids)
+        if len(prompts) != 1:
+            raise ValueError(f"a request has one prompt, and this one has {len(prompts)}")
+        if not isinstance(request.options, Mapping):
+            raise TypeError(f"a request's options must be a dict, not {request.options!r}")
+        copy = request.copy
+        if copy is not None and (isinstance(copy, bool) or not isinstance(copy, int) or not 0 <= copy < 2**32):
+            raise ValueError(f"copy must be an integer from 0 on, not {copy!r}")
+        opts = self._options(cast(GenerateKwargs, {**options, **request.options}), config)
+        (made,) = self._requests(prompts, opts, _wanted(opts))
+        return made, opts.seed if "seed" in opts.asked else None
+
     def _evaluate(self, prompts: Prompts, strength: Any, want: int, keep: int) -> list[dict[str, Any]]:
         """What the prompts' last `keep` positions say, one dict of arrays for each prompt."""
         coefficients = self._coefficients(strength, len(prompts))
@@ -595,12 +659,27 @@ class RastForCausalLM:
     def __reduce__(self) -> Any:
         raise TypeError("a model cannot be pickled or copied: call from_pretrained again where it is needed")
 
-    def _run(self, requests: list[_core.Request], on_tokens: _core.OnTokens | None = None) -> list[_core.Result]:
+    def _take_turn(self, wait: bool = True) -> Any:
+        """The engine that calls share, for this thread until `_turns.release()`; None if that would take waiting."""
         self._check_process()
-        with self._lock:
+        if not self._turns.acquire(wait):
+            return None
+        try:
             if self._engine is None:
                 self._engine = self._new_engine()
-            results = self._engine.run(requests, on_tokens)
+            while self._abandoned and self._turns.depth == 1:
+                self._engine.abandon(self._abandoned.pop())
+        except BaseException:
+            self._turns.release()
+            raise
+        return self._engine
+
+    def _run(self, requests: list[_core.Request], on_tokens: _core.OnTokens | None = None) -> list[_core.Result]:
+        engine = self._take_turn()
+        try:
+            results: list[_core.Result] = engine.run(requests, on_tokens)
+        finally:
+            self._turns.release()
         for result in results:
             _raise_error(result, len(requests))
         return results
@@ -608,14 +687,14 @@ class RastForCausalLM:
     def _steps(self, requests: list[_core.Request], n_samples: int) -> Iterator[Any]:
         """The loop of `stream`, on an engine of its own, so that other calls can run in between."""
         self._check_process()
-        with self._lock:
+        with self._turns:
             engine = self._new_engine()
             for request in requests:
                 engine.add(request)
         one = len(requests) * n_samples == 1
         while True:
             self._check_process()
-            with self._lock:
+            with self._turns:
                 if not engine.busy:
                     return
                 results = engine.step()
@@ -672,6 +751,62 @@ def _pairs(
     if expert is None and strength != 1.0:
         raise ValueError("transfer_strength needs an expert")
     return [] if expert is None else [TransferPair(expert, antiexpert, strength)]
+
+
+def _wanted(opts: GenerationOptions) -> int:
+    """What the core shall tell of each new token."""
+    if not opts.return_dict_in_generate:
+        return 0
+    want = _core.WANT_LOGPROBS | _core.WANT_STATS
+    return want | (_core.WANT_SCORES if opts.output_scores else 0) | (_core.WANT_LOGITS if opts.output_logits else 0)
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{kind}B": base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for kind, base in (("", 1000), ("i", 1024))
+}
+
+
+def _bytes(max_memory: int | str) -> int:
+    """The number of bytes that `max_memory` means."""
+    if isinstance(max_memory, int) and not isinstance(max_memory, bool):
+        size = max_memory
+    elif isinstance(max_memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", max_memory)
+        if not match or match[2] not in _UNITS:
+            raise ValueError(f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r}')
+        size = int(float(match[1]) * _UNITS[match[2]])
+    else:
+        raise TypeError(f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r}')
+    if size < 1:
+        raise ValueError(f"max_memory must be at least 1, not {max_memory!r}")
+    return size
+
+
+def _is_mapped(array: Any) -> bool:
+    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+        array = array.base
+    return isinstance(array, np.memmap)
+
+
+def _kv_bytes(
+    info: list[_core.NetInfo], nets: list[_Net], kv_cache_tokens: int | None, max_memory: int | str | None
+) -> int:
+    """Bytes for keys and values; 0: the core's default."""
+    block = 32 * sum(net["kv_bytes_per_token"] for net in info)
+    wanted = 0 if kv_cache_tokens is None else -(-kv_cache_tokens // 32) * block
+    if max_memory is None:
+        return wanted
+    arrays = {id(part): part for net in nets for tensor in net.loaded.tensors.values() for part in tensor}
+    copied = sum(part.nbytes for part in arrays.values() if isinstance(part, np.ndarray) and not _is_mapped(part))
+    room = _bytes(max_memory) - copied
+    if room < max(wanted, block):
+        raise ValueError(
+            f"max_memory = {max_memory!r} is too small: copied weights take {copied} bytes, and keys and values of "
+            f"{kv_cache_tokens or 32} tokens {wanted or block}: {copied + (wanted or block)} bytes would be enough"
+        )
+    return wanted or room
 
 
 def _main_role(net: _Net) -> Literal["expert", "antiexpert"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from rast.loading import Tokenizer
 
-__all__ = ["ForwardOutput", "GenerateOutput", "ScoreOutput"]
+__all__ = ["ForwardOutput", "GenerateOutput", "Sample", "ScoreOutput"]
 
 
 @dataclass(repr=False, eq=False)
@@ -69,6 +69,37 @@ class GenerateOutput:
         from rast.display import as_html
 
         return as_html(self.tokenizer, self)
+
+
+@dataclass(repr=False, eq=False)
+class Sample:
+    """One finished sequence of `generate_iter`. n new tokens; the fields with None as default are there with
+    `return_dict_in_generate` (scores and logits: with `output_scores`, `output_logits` too), as in GenerateOutput."""
+
+    tag: Any
+    """The request's."""
+    index: int = 0
+    """Which of the request's `num_return_sequences`."""
+    new_tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """`[n]` the final end-of-sequence token included; without the prompt."""
+    finish_reason: str = "error"
+    """ "eos", "length", "stop" (a stop string), "time", "cancelled" or "error"."""
+    seed: int | None = None
+    """Of the request; None if it did not get so far."""
+    error: Exception | None = None
+    """What is wrong with the request (then this is its only sample), or with this sequence: it ended there."""
+    logprob: NDArray[np.float32] | None = None
+    base_logprob: NDArray[np.float32] | None = None
+    base_token: NDArray[np.int64] | None = None
+    transfer_kl: NDArray[np.float32] | None = None
+    scores: NDArray[np.float32] | None = None
+    """`[n, vocab]`"""
+    logits: NDArray[np.float32] | None = None
+    """`[n, vocab]`"""
+
+    def __repr__(self) -> str:
+        end = self.finish_reason if self.error is None else f"error: {self.error}"
+        return f"Sample(tag {self.tag!r}, index {self.index}, {len(self.new_tokens)} new tokens, {end})"
 
 
 @dataclass(repr=False, eq=False)

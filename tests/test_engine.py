@@ -20,6 +20,7 @@ EXAMPLES = 400 if os.environ.get("RAST_TEST_FULL") else 100
 SMALL_VOCAB = VOCAB // 2
 HEADERS = np.random.default_rng(0).integers(0, SMALL_VOCAB, (2, 100)).tolist()
 WANT = _core.WANT_LOGPROBS | _core.WANT_STATS | _core.WANT_LOGITS
+WANTS = [0, WANT, WANT | _core.WANT_SCORES, _core.WANT_SCORES, _core.WANT_LOGPROBS | _core.WANT_COMPONENTS]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def requests(draw: st.DrawFn) -> Any:
         transfer_start=draw(st.sampled_from([0, 0, 3])),
         eos=np.array(draw(st.sampled_from([[], [], [5], [3, VOCAB - 1]])), np.int32),
         n_draft=draw(st.integers(0, 5)),
-        want=WANT | draw(st.sampled_from([0, _core.WANT_PROMPT])),
+        want=draw(st.sampled_from(WANTS)) | draw(st.sampled_from([0, _core.WANT_PROMPT])),
     )
     request["prompt_from"] = draw(st.integers(0, len(request["ids"]) - 1))
     return request
@@ -63,7 +64,7 @@ def assert_same(got: Any, want: Any) -> None:
     assert got["error"] is None and want["error"] is None
     assert got["finish"] == want["finish"]
     for part, other in ((got, want), (got["prompt"] or {}, want["prompt"] or {})):
-        for name in ("tokens", "logprob", "base_token", "base_logprob", "kl", "logits"):
+        for name in ("tokens", "logprob", "base_token", "base_logprob", "kl", "logits", "scores", "parts"):
             if part.get(name) is not None:
                 np.testing.assert_array_equal(part[name], other[name], err_msg=name)
 

@@ -196,7 +196,7 @@ def test_logits_to_keep(model: Any) -> None:
         (dict(max_batch_rows=0), ValueError, "max_batch_rows"),
         (dict(no_such_option=1), TypeError, "no_such_option"),
         (dict(pairs=["x"]), TypeError, "pairs"),
-        (dict(kv_cache_bytes=-1), ValueError, "kv_cache_bytes"),
+        (dict(kv_cache_tokens=-1), ValueError, "kv_cache_tokens"),
     ],
 )
 def test_loading_options(zoo: ModelZoo, options: dict[str, Any], error: Any, says: str) -> None:

@@ -85,17 +85,34 @@ static size_t margin(const rast_engine *e, const rast_sample *s) {
 
 static int32_t parent_of(const rast_sample *s, size_t block) { return block ? s->blocks[block - 1] : -1; }
 
-/* Makes the sample's own blocks findable before they are filled. What another sample has entered meanwhile stays its. */
-static void promise_blocks(rast_engine *e, rast_sample *s) {
-    const size_t last = s->n_blocks - 1, n_last = s->n_ids - last * RAST_BLOCK_TOKENS;
+/* The sample's tail does not have all tokens of all the sample's nets. */
+static int tail_lacks(const rast_engine *e, const rast_sample *s) {
+    const size_t want = (s->n_at_first - 1) % RAST_BLOCK_TOKENS;
+    for (int32_t m = 0; m < e->model->n_nets; m++)
+        if (s->job->active >> m & 1 && rast_blocks_filled(&e->blocks, s->tail, m) < want) return 1;
+    return 0;
+}
+
+/* Makes the block where the sample's prompt ends findable by these tokens; found from now on is this one. */
+static void enter_tail(rast_engine *e, const rast_sample *s) {
+    const size_t last = (s->n_at_first - 1) / RAST_BLOCK_TOKENS, first = last * RAST_BLOCK_TOKENS;
+    rast_blocks_enter(&e->blocks, s->blocks[last], parent_of(s, last), s->ids + first, s->n_at_first - first,
+                      RAST_BLOCK_TAIL);
+}
+
+/* Makes the sample's own blocks findable before they are filled. What another sample has entered stays its own, but for a
+ * tail that lacks something which nobody else is about to add. */
+static void promise_blocks(rast_engine *e, rast_sample *s, int tail_is_idle) {
+    const size_t last = s->n_blocks - 1;
     for (; s->n_linked < last; s->n_linked++) {
         const int32_t parent = parent_of(s, s->n_linked), *ids = s->ids + s->n_linked * RAST_BLOCK_TOKENS;
         if (rast_blocks_find(&e->blocks, parent, ids, RAST_BLOCK_TOKENS) >= 0) return;
         rast_blocks_enter(&e->blocks, s->blocks[s->n_linked], parent, ids, RAST_BLOCK_TOKENS, RAST_BLOCK_FULL);
     }
-    const int32_t parent = parent_of(s, last), *ids = s->ids + last * RAST_BLOCK_TOKENS;
-    if (rast_blocks_find(&e->blocks, parent, ids, n_last) < 0)
-        rast_blocks_enter(&e->blocks, s->blocks[last], parent, ids, n_last, RAST_BLOCK_TAIL);
+    const int32_t *ids = s->ids + last * RAST_BLOCK_TOKENS;
+    if (rast_blocks_find(&e->blocks, parent_of(s, last), ids, s->n_ids - last * RAST_BLOCK_TOKENS) < 0 ||
+        (tail_is_idle && tail_lacks(e, s)))
+        enter_tail(e, s);
 }
 
 /* Gives the sample a slot and the blocks of its tokens, where they are known shared ones; 0: there is no room yet. The last
@@ -119,12 +136,14 @@ static int admit_one(rast_engine *e, rast_sample *s) {
         tail = rast_blocks_find(b, parent_of(s, n), s->ids + last, n_last);
         if (tail >= 0 && b->block[tail].refs == 0 && need > room - 1) tail = -1;
     }
+    const int tail_is_idle = tail >= 0 && b->block[tail].refs == 0;
     for (size_t i = 0; i < n; i++) rast_blocks_share(b, s->blocks[i]);
     if (tail >= 0) rast_blocks_share(b, tail);
     for (s->n_blocks = n; s->n_blocks < n_blocks; s->n_blocks++) s->blocks[s->n_blocks] = rast_blocks_take(b);
     s->tail = tail;
+    s->n_at_first = s->n_ids;
     s->n_linked = n;
-    promise_blocks(e, s);
+    promise_blocks(e, s, tail_is_idle);
     s->slot = e->free_slots[--e->n_free_slots];
     s->history_stale = 1;
     s->job->begun = 1;
@@ -183,6 +202,13 @@ static void link_blocks(rast_engine *e, rast_sample *s) {
     }
 }
 
+static void drop_tail(rast_engine *e, rast_sample *s) {
+    const size_t own = (s->n_at_first - 1) / RAST_BLOCK_TOKENS;
+    if (tail_lacks(e, s) && !e->blocks.block[s->blocks[own]].length[RAST_BLOCK_TAIL]) enter_tail(e, s);
+    rast_blocks_drop(&e->blocks, s->tail);
+    s->tail = -1;
+}
+
 void rast_commit(rast_engine *e, rast_sample *s) {
     for (int32_t m = 0; m < e->model->n_nets; m++) {
         if (!(s->job->active >> m & 1)) continue;
@@ -192,9 +218,6 @@ void rast_commit(rast_engine *e, rast_sample *s) {
         if (m == 0 && s->start[m] > s->cached[m]) e->n_reused += s->start[m] - s->cached[m];
         s->cached[m] = (uint32_t)end;
     }
-    if (s->tail >= 0 && s->tail_done) {
-        rast_blocks_drop(&e->blocks, s->tail);
-        s->tail = -1;
-    }
+    if (s->tail >= 0 && s->tail_done) drop_tail(e, s);
     link_blocks(e, s);
 }

@@ -196,7 +196,9 @@ void rast_engine_set_drafter(rast_engine *e, rast_drafter drafter, void *user) {
 }
 
 void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
-    *out = (rast_engine_info){.n_blocks = e->blocks.n,
+    *out = (rast_engine_info){.max_rows = e->max_rows,
+                              .max_seqs = e->max_seqs,
+                              .n_blocks = e->blocks.n,
                               .n_free = rast_blocks_room(&e->blocks),
                               .n_cached = e->blocks.n_kept,
                               .block_tokens = RAST_BLOCK_TOKENS,

@@ -90,11 +90,12 @@ typedef struct {
     size_t n_ids;
     int32_t *blocks; /* [n_blocks], room for all; those of the prompt at least while it runs, none while it waits */
     size_t n_blocks;
-    size_t n_linked;  /* leading blocks that stand in the index, where others find them */
-    int32_t tail;     /* held until it is copied: a block that begins with the prompt's last tokens; or -1 */
-    uint32_t *cached; /* [n_nets] leading tokens in each net's KV cache */
-    int32_t slot;     /* row of history and of drawn; -1: waiting */
-    int fresh;        /* drawn[slot] is the last id */
+    size_t n_linked;   /* leading blocks that stand in the index, where others find them */
+    int32_t tail;      /* held until it is copied: a block that begins with the prompt's last tokens; or -1 */
+    size_t n_at_first; /* tokens when it was admitted: the tail ends there */
+    uint32_t *cached;  /* [n_nets] leading tokens in each net's KV cache */
+    int32_t slot;      /* row of history and of drawn; -1: waiting */
+    int fresh;         /* drawn[slot] is the last id */
     int history_stale;
     uint32_t n_reported; /* prompt positions that went out */
     /* this step's plan */

@@ -4,8 +4,8 @@
 
 #include "binding.h"
 #include "convert.h"
+#include "gather.h"
 #include "request.h"
-#include "results.h"
 
 #define SIGNAL_INTERVAL 0.05 /* seconds without the GIL before signals get their turn */
 
@@ -14,6 +14,8 @@ typedef struct {
     py_model *model;
     py_handle *handle;
     PyObject *drafter; /* or NULL */
+    py_gather gather;  /* what run() and submit() asked for */
+    size_t n_added;    /* unfinished samples of add(), which step() reports */
 } py_engine;
 
 static const py_state *state_of(py_engine *self) { return PyType_GetModuleState(Py_TYPE(self)); }
@@ -24,73 +26,79 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* ---- requests whose samples are gathered --------------------------------------------------------------------------- */
+
+enum { RUN_SESSION = 0 }; /* of run(); submit() has others */
+
+/* Queues a request for a session. Returns its group, or NULL with an exception set. */
+static py_group *submit(py_engine *self, PyObject *dict, uint64_t session) {
+    rast_error err = {0};
+    py_request from;
+    py_group *group = NULL;
+    uint64_t id;
+    if (!py_request_read(dict, &from)) {
+        if (rast_engine_add(self->handle->engine, &from.request, &id, &err)) {
+            py_raise(state_of(self), &err);
+        } else {
+            group = py_gather_open(&self->gather, session, &from.request, rast_model_n_nets(self->model->model),
+                                   (size_t)rast_model_n_vocab(self->model->model));
+            if (group)
+                group->id = id;
+            else
+                PyErr_NoMemory();
+            if (!group) rast_engine_cancel(self->handle->engine, id); /* its chunks are nobody's */
+        }
+    }
+    py_request_free(&from);
+    return group;
+}
+
+/* One step, and its chunks to their samples; *n_ended counts the session's that end. Needs no GIL. */
+static int step_once(py_engine *self, uint64_t session, const rast_chunk **chunks, size_t *n, size_t *n_ended,
+                     rast_error *err) {
+    int rc = rast_engine_step(self->handle->engine, chunks, n, err);
+    for (size_t i = 0; i < *n && !rc; i++) {
+        const py_group *group = py_gather_add(&self->gather, &(*chunks)[i]);
+        if (group && group->session == session && (*chunks)[i].finish != RAST_RUNNING) ++*n_ended;
+    }
+    return rc;
+}
+
+/* Steps until `most` samples of the session have ended, nothing is left to do, `interval` seconds are over, or something
+ * fails. Needs no GIL. *chunks, *n: of the last step. */
+static int advance(py_engine *self, uint64_t session, size_t most, double interval, const rast_chunk **chunks,
+                   size_t *n, size_t *n_ended, rast_error *err) {
+    double until = seconds() + interval;
+    int rc = RAST_OK;
+    do {
+        rc = step_once(self, session, chunks, n, n_ended, err);
+    } while (!rc && *n_ended < most && rast_engine_busy(self->handle->engine) && seconds() < until);
+    return rc;
+}
+
+/* Ends all that the session has; other sessions go on. */
+static void abandon(py_engine *self, uint64_t session) {
+    const rast_chunk *chunks;
+    size_t n, n_ended = 0, n_left = 0;
+    for (py_group *group = self->gather.first; group; group = group->next)
+        if (group->session == session && group->n_ended < group->n) {
+            n_left += group->n - group->n_ended;
+            rast_engine_cancel(self->handle->engine, group->id);
+        }
+    Py_BEGIN_ALLOW_THREADS
+    for (int failures = 0; n_ended < n_left && failures < 2;) /* an interrupt is reported once */
+        failures += step_once(self, session, &chunks, &n, &n_ended, NULL) != RAST_OK;
+    Py_END_ALLOW_THREADS
+    py_gather_close(&self->gather, session);
+}
+
 /* ---- run --------------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    uint64_t id;
-    size_t first, n; /* its samples */
-} run_request;
-
-typedef struct { /* the requests of one run() and what they gave so far */
-    run_request *requests;
-    size_t n_requests, last; /* last: where the last lookup ended */
-    py_sample *samples;
-    size_t n_samples;
-} run_state;
-
-static void run_free(run_state *run) {
-    for (size_t i = 0; i < run->n_samples; i++) py_sample_free(&run->samples[i]);
-    PyMem_Free(run->samples);
-    PyMem_Free(run->requests);
-}
-
-/* Chunks come in the order of requests, so the search from the last one on is short. */
-static py_sample *run_find(run_state *run, const rast_chunk *chunk) {
-    for (size_t i = 0; i < run->n_requests; i++) {
-        size_t at = (run->last + i) % run->n_requests;
-        if (run->requests[at].id != chunk->id) continue;
-        run->last = at;
-        return chunk->sample < run->requests[at].n ? &run->samples[run->requests[at].first + chunk->sample] : NULL;
-    }
-    return NULL;
-}
-
-/* Steps until the engine is idle, `interval` seconds are over, or something fails. Needs no GIL. *chunks, *n: of the last
- * step, which *idle is 1 after if nothing is left to do. */
-static int advance(rast_engine *engine, run_state *run, double interval, const rast_chunk **chunks, size_t *n,
-                   int *idle, rast_error *err) {
-    double until = seconds() + interval;
-    do {
-        *n = 0;
-        int rc = rast_engine_step(engine, chunks, n, err);
-        if (rc) return rc;
-        for (size_t i = 0; i < *n; i++) {
-            py_sample *sample = run_find(run, &(*chunks)[i]);
-            if (sample && py_sample_add(sample, &(*chunks)[i])) {
-                *err = (rast_error){RAST_ERR_MEMORY, "out of memory for the results"};
-                return RAST_ERR_MEMORY;
-            }
-        }
-        *idle = *n == 0 && !rast_engine_busy(engine);
-    } while (!*idle && seconds() < until);
-    return RAST_OK;
-}
-
-/* Ends everything that is queued or running, so that the engine can be used again. */
-static void drain(rast_engine *engine) {
-    const rast_chunk *chunks;
-    size_t n;
-    Py_BEGIN_ALLOW_THREADS
-    rast_engine_cancel_all(engine);
-    for (int failures = 0; rast_engine_busy(engine) && failures < 2;) /* an interrupt is reported once */
-        failures += rast_engine_step(engine, &chunks, &n, NULL) != RAST_OK;
-    Py_END_ALLOW_THREADS
-}
-
-static int report(PyObject *on_tokens, const rast_chunk *chunks, size_t n) {
+static int report(py_engine *self, PyObject *on_tokens, const rast_chunk *chunks, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const rast_chunk *c = &chunks[i];
-        if (c->prompt && c->finish == RAST_RUNNING) continue;
+        const py_group *group = py_gather_find(&self->gather, c->id);
+        if (!group || group->session != RUN_SESSION || (c->prompt && c->finish == RAST_RUNNING)) continue;
         npy_intp length = c->prompt ? 0 : (npy_intp)c->n;
         PyObject *tokens = PyArray_SimpleNew(1, &length, NPY_INT32);
         if (!tokens) return -1;
@@ -104,76 +112,35 @@ static int report(PyObject *on_tokens, const rast_chunk *chunks, size_t n) {
     return 0;
 }
 
-/* Queues the requests and makes room for their samples. */
-static int run_add(py_engine *self, PyObject *requests, run_state *run) {
-    size_t n = (size_t)PyTuple_GET_SIZE(requests);
-    size_t n_nets = rast_model_n_nets(self->model->model);
-    size_t n_vocab = (size_t)rast_model_n_vocab(self->model->model);
-    run->requests = PyMem_Calloc(n + 1, sizeof *run->requests);
-    if (!run->requests) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (size_t i = 0; i < n; i++) {
-        rast_error err = {0};
-        run_request *to = &run->requests[i];
-        py_request from;
-        int rc = py_request_read(PyTuple_GET_ITEM(requests, (Py_ssize_t)i), &from);
-        if (!rc && (rc = rast_engine_add(self->handle->engine, &from.request, &to->id, &err)))
-            py_raise(state_of(self), &err);
-        py_request_free(&from);
-        if (rc) return -1;
-
-        to->first = run->n_samples;
-        to->n = from.request.n_samples;
-        py_sample *samples = NULL;
-        if (to->n <= PY_SSIZE_T_MAX / sizeof *samples - to->first)
-            samples = PyMem_Realloc(run->samples, (to->first + to->n) * sizeof *samples);
-        if (!samples) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        run->samples = samples;
-        for (uint32_t j = 0; j < to->n; j++)
-            samples[run->n_samples++] = (py_sample){
-                .tag = from.request.tag, .sample = j, .want = from.request.want, .n_nets = n_nets, .n_vocab = n_vocab};
-        run->n_requests = i + 1;
-    }
-    return 0;
-}
-
-/* Steps until all is done; 0, or -1 with an exception set. */
-static int run_steps(py_engine *self, run_state *run, PyObject *on_tokens) {
-    int idle = run->n_requests == 0;
-    while (!idle) {
+/* Steps until all n samples are done; 0, or -1 with an exception set. */
+static int run_steps(py_engine *self, size_t n_samples, PyObject *on_tokens) {
+    size_t n_ended = 0;
+    while (n_ended < n_samples) {
         const rast_chunk *chunks = NULL;
         size_t n = 0;
         rast_error err = {0};
         int rc;
         Py_BEGIN_ALLOW_THREADS
-        rc = advance(self->handle->engine, run, on_tokens ? 0 : SIGNAL_INTERVAL, &chunks, &n, &idle, &err);
+        rc = advance(self, RUN_SESSION, n_samples, on_tokens ? 0 : SIGNAL_INTERVAL, &chunks, &n, &n_ended, &err);
         Py_END_ALLOW_THREADS
         if (PyErr_Occurred()) return -1; /* the drafter's */
         if (rc) {
             py_raise(state_of(self), &err);
             return -1;
         }
-        if (on_tokens && report(on_tokens, chunks, n)) return -1;
+        if (on_tokens && report(self, on_tokens, chunks, n)) return -1;
         if (PyErr_CheckSignals()) return -1;
     }
     return 0;
 }
 
-static PyObject *run_results(py_engine *self, run_state *run) {
-    PyObject *list = PyList_New((Py_ssize_t)run->n_samples);
-    for (size_t i = 0; list && i < run->n_samples; i++) {
-        PyObject *result = py_sample_result(&run->samples[i], state_of(self));
-        if (!result)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, result);
-    }
-    return list;
+/* Claims the model for requests whose samples are gathered; chunks of add() would be lost meanwhile. */
+static int claim_to_gather(py_engine *self) {
+    if (py_model_claim(self->model)) return -1;
+    if (!self->n_added) return 0;
+    PyErr_SetString(PyExc_RuntimeError, "the engine has requests of add(); step() until they are done");
+    py_model_release(self->model);
+    return -1;
 }
 
 static PyObject *engine_run(PyObject *object, PyObject *positional, PyObject *named) {
@@ -188,22 +155,92 @@ static PyObject *engine_run(PyObject *object, PyObject *positional, PyObject *na
     requests = PySequence_Tuple(requests); /* nobody can change it meanwhile */
     if (!requests) return NULL;
     PyObject *results = NULL;
-    if (py_model_claim(self->model)) goto done;
-    if (rast_engine_busy(self->handle->engine)) {
-        PyErr_SetString(PyExc_RuntimeError, "the engine has requests of add(); step() until it is not busy");
-    } else {
-        run_state run = {0};
-        if (run_add(self, requests, &run) || run_steps(self, &run, on_tokens == Py_None ? NULL : on_tokens))
-            drain(self->handle->engine);
-        else
-            results = run_results(self, &run);
-        run_free(&run);
+    if (claim_to_gather(self)) goto done;
+    size_t n_samples = 0;
+    int rc = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(requests) && !rc; i++) {
+        const py_group *group = submit(self, PyTuple_GET_ITEM(requests, i), RUN_SESSION);
+        n_samples += group ? group->n : 0;
+        rc = group ? 0 : -1;
     }
+    if (!rc && !run_steps(self, n_samples, on_tokens == Py_None ? NULL : on_tokens)) {
+        results = PyList_New(0);
+        if (results && py_gather_take(&self->gather, RUN_SESSION, results, state_of(self))) Py_CLEAR(results);
+    }
+    if (!results) abandon(self, RUN_SESSION);
     py_model_release(self->model);
 
 done:
     Py_DECREF(requests);
     return results;
+}
+
+/* ---- sessions ---------------------------------------------------------------------------------------------------- */
+
+static int read_session(PyObject *value, const char *call, uint64_t *session) {
+    if (py_read(value, PY_U64, call, "session", session)) return -1;
+    if (*session != RUN_SESSION) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: a session's number is not 0", call);
+    return -1;
+}
+
+static PyObject *engine_submit(PyObject *object, PyObject *positional) {
+    py_engine *self = (py_engine *)object;
+    PyObject *dict, *number;
+    uint64_t session;
+    if (!PyArg_ParseTuple(positional, "OO:submit", &dict, &number) || read_session(number, "submit", &session) ||
+        claim_to_gather(self))
+        return NULL;
+    const py_group *group = submit(self, dict, session);
+    PyObject *id = group ? PyLong_FromUnsignedLongLong(group->id) : NULL;
+    py_model_release(self->model);
+    return id;
+}
+
+static PyObject *engine_collect(PyObject *object, PyObject *positional) {
+    py_engine *self = (py_engine *)object;
+    PyObject *number;
+    uint64_t session;
+    double limit;
+    if (!PyArg_ParseTuple(positional, "Od:collect", &number, &limit) || read_session(number, "collect", &session) ||
+        claim_to_gather(self))
+        return NULL;
+    size_t n_ready = 0, n_left = 0;
+    for (const py_group *group = self->gather.first; group; group = group->next)
+        if (group->session == session) {
+            n_ready += group->n_ended - group->n_taken;
+            n_left += group->n - group->n_ended;
+        }
+    PyObject *list = PyList_New(0);
+    const double until = seconds() + limit;
+    int rc = 0;
+    while (list && !rc && !n_ready && n_left && seconds() < until) {
+        const rast_chunk *chunks;
+        size_t n;
+        rast_error err = {0};
+        const double left = until - seconds(), interval = left < SIGNAL_INTERVAL ? left : SIGNAL_INTERVAL;
+        Py_BEGIN_ALLOW_THREADS
+        rc = advance(self, session, 1, interval, &chunks, &n, &n_ready, &err);
+        Py_END_ALLOW_THREADS
+        if (PyErr_Occurred())
+            rc = -1; /* the drafter's */
+        else if (rc)
+            py_raise(state_of(self), &err);
+        else
+            rc = PyErr_CheckSignals();
+    }
+    if (list && (rc || py_gather_take(&self->gather, session, list, state_of(self)))) Py_CLEAR(list);
+    py_model_release(self->model);
+    return list;
+}
+
+static PyObject *engine_abandon(PyObject *object, PyObject *number) {
+    py_engine *self = (py_engine *)object;
+    uint64_t session;
+    if (read_session(number, "abandon", &session) || py_model_claim(self->model)) return NULL;
+    abandon(self, session);
+    py_model_release(self->model);
+    Py_RETURN_NONE;
 }
 
 /* ---- step by step ------------------------------------------------------------------------------------------------ */
@@ -216,10 +253,13 @@ static PyObject *engine_add(PyObject *object, PyObject *dict) {
     PyObject *result = NULL;
     if (py_model_claim(self->model)) return NULL;
     if (!py_request_read(dict, &request)) {
-        if (rast_engine_add(self->handle->engine, &request.request, &id, &err))
+        if (rast_engine_add(self->handle->engine, &request.request, &id, &err)) {
             py_raise(state_of(self), &err);
-        else
+        } else {
+            self->n_added += request.request.n_samples;
             result = PyLong_FromUnsignedLongLong(id);
+            if (!result) rast_engine_cancel(self->handle->engine, id); /* step() reports it all the same */
+        }
     }
     py_request_free(&request);
     py_model_release(self->model);
@@ -254,8 +294,10 @@ static PyObject *engine_step(PyObject *object, PyObject *unused) {
     PyObject *list = NULL;
     if (rc && !PyErr_Occurred()) py_raise(state_of(self), &err);
     if (!PyErr_Occurred()) list = PyList_New(0);
-    for (size_t i = 0; list && i < n; i++) {
-        if (chunks[i].prompt && chunks[i].finish == RAST_RUNNING) continue;
+    for (size_t i = 0; i < n; i++) {
+        if (py_gather_add(&self->gather, &chunks[i])) continue;
+        if (chunks[i].finish != RAST_RUNNING && self->n_added) self->n_added--;
+        if (!list || (chunks[i].prompt && chunks[i].finish == RAST_RUNNING)) continue;
         PyObject *result = py_chunk_result(&chunks[i], n_nets, n_vocab, state_of(self));
         if (!result || PyList_Append(list, result)) Py_CLEAR(list);
         Py_XDECREF(result);
@@ -283,10 +325,20 @@ static PyObject *engine_info(PyObject *object, PyObject *unused) {
     const struct {
         const char *name;
         unsigned long long value;
-    } entries[] = {{"n_blocks", info.n_blocks}, {"n_free", info.n_free},       {"n_cached", info.n_cached},
-                   {"kv_bytes", info.kv_bytes}, {"steps", info.steps},         {"block_tokens", info.block_tokens},
-                   {"rows", info.rows},         {"reused", info.reused},       {"drafted", info.drafted},
-                   {"accepted", info.accepted}, {"preempted", info.preempted}, {"evicted", info.evicted}};
+    } entries[] = {{"n_blocks", info.n_blocks},
+                   {"n_free", info.n_free},
+                   {"n_cached", info.n_cached},
+                   {"kv_bytes", info.kv_bytes},
+                   {"steps", info.steps},
+                   {"block_tokens", info.block_tokens},
+                   {"rows", info.rows},
+                   {"reused", info.reused},
+                   {"drafted", info.drafted},
+                   {"accepted", info.accepted},
+                   {"preempted", info.preempted},
+                   {"evicted", info.evicted},
+                   {"max_rows", (unsigned long long)info.max_rows},
+                   {"max_seqs", (unsigned long long)info.max_seqs}};
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict && i < sizeof entries / sizeof *entries; i++) {
         PyObject *value = PyLong_FromUnsignedLongLong(entries[i].value);
@@ -395,6 +447,7 @@ static void engine_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     engine_clear(object);
+    py_gather_free(&self->gather);
     if (self->handle) py_model_retire(self->model, self->handle);
     Py_DECREF(self->model);
     type->tp_free(self);
@@ -409,6 +462,9 @@ static PyGetSetDef engine_getset[] = {
 static PyMethodDef engine_methods[] = {
     {"run", (PyCFunction)(void (*)(void))engine_run, METH_VARARGS | METH_KEYWORDS,
      "run(requests, on_tokens=None) -> results, in the order of requests and samples"},
+    {"submit", engine_submit, METH_VARARGS, "submit(request, session) -> id"},
+    {"collect", engine_collect, METH_VARARGS, "collect(session, seconds) -> results of samples that have ended"},
+    {"abandon", engine_abandon, METH_O, "abandon(session): ends and forgets all that it has"},
     {"add", engine_add, METH_O, "add(request) -> id"},
     {"cancel", engine_cancel, METH_O, "cancel(id): ends all samples of a request"},
     {"step", engine_step, METH_NOARGS, "step() -> what each sample got in one step"},

@@ -83,6 +83,7 @@ int py_sample_add(py_sample *self, const rast_chunk *chunk) {
 }
 
 static void rows_free(py_rows *rows) {
+    rows->n = 0;
     for (int c = 0; c < N_COLUMNS; c++) {
         PyMem_RawFree(rows->column[c].data);
         rows->column[c] = (py_buffer){0};
@@ -152,13 +153,19 @@ static PyObject *prompt_result(py_sample *self) {
     return dict;
 }
 
+static PyObject *sample_error(const py_sample *self, const py_state *state) {
+    if (self->lost) return PyObject_CallFunction(PyExc_MemoryError, "s", "out of memory for the results");
+    return self->error ? py_exception(state, self->error) : Py_NewRef(Py_None);
+}
+
 PyObject *py_sample_result(py_sample *self, const py_state *state) {
     PyObject *dict = PyDict_New();
+    if (self->lost) self->finish = RAST_FINISH_ERROR;
     if (dict && (set_item(dict, "tag", PyLong_FromUnsignedLongLong(self->tag)) ||
                  set_item(dict, "sample", PyLong_FromUnsignedLong(self->sample)) ||
                  set_item(dict, "finish", PyUnicode_FromString(py_finish_name(self->finish))) ||
-                 set_item(dict, "error", self->error ? py_exception(state, self->error) : Py_NewRef(Py_None)) ||
-                 set_columns(dict, &self->fresh, self, 0) || set_item(dict, "prompt", prompt_result(self))))
+                 set_item(dict, "error", sample_error(self, state)) || set_columns(dict, &self->fresh, self, 0) ||
+                 set_item(dict, "prompt", prompt_result(self))))
         Py_CLEAR(dict);
     return dict;
 }

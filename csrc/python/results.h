@@ -31,7 +31,8 @@ typedef struct {
     uint64_t tag;
     uint32_t sample, want; /* want: which columns the result has; RAST_WANT_* */
     int32_t finish;
-    rast_error *error; /* a copy, PyMem_Raw; or NULL */
+    int ended, taken, lost; /* lost: memory ran out for what it gave */
+    rast_error *error;      /* a copy, PyMem_Raw; or NULL */
     py_rows fresh, prompt;
     size_t n_nets, n_vocab; /* shape of rows */
 } py_sample;
