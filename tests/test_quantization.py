@@ -394,7 +394,7 @@ def test_values_that_cannot_be_quantized(tmp_path: Path) -> None:
     model.model.layers[0].mlp.up_proj.weight.data[3, 5] = 1e20
     model.save_pretrained(tmp_path)
     for name in ("int8", "int4"):
-        with pytest.raises(ValueError, match=r"model\.safetensors: .*mlp\.up_proj.* row 3 .*too large"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: .*mlp\.up_proj.*too large"):
             load_net(tmp_path, quantization=name)
 
 

@@ -133,7 +133,7 @@ int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int3
                 memset(to, 0, block);
                 put_half(to, 0x7e00);
             } else if (!(type == RAST_Q8_0 ? quantize_8(x, to) : quantize_4(x, group, to))) {
-                return rast_fail(err, RAST_ERR_VALUE, "row %zu holds values too large for the scale, a float16", r);
+                return rast_fail(err, RAST_ERR_VALUE, "it holds values too large for a scale in float16");
             }
         }
     return RAST_OK;
