@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import threading
@@ -255,7 +256,7 @@ class GenerateIterator(Iterator[Sample]):
             tag = self._to_cancel.popleft()
             for running in self._running.values():
                 if _equal(running.request.tag, tag):
-                    with _Turn(self._model) as engine:
+                    with _Turn(self._model) as engine, contextlib.suppress(ValueError):  # all its samples have ended
                         engine.cancel(running.id)
 
     def _collect(self, seconds: float = _SLICE) -> None:

@@ -190,7 +190,8 @@ class RastForCausalLM:
                 that is free at the first use.
             max_memory: bytes, or a string such as "2GiB" or "500MB": limits the keys and values of all models together
                 with the weights that had to be copied or converted (mapped files can be dropped and do not count).
-                The buffers of one step come on top. Memory is used as it is needed, up to the limit.
+                The buffers of one step come on top, and each `stream` that runs has keys and values of its own, within
+                the same limit again. Memory is used as it is needed.
             max_batch_rows: most tokens that one step runs through a model (prompt chunks); None: 512.
             max_batch_size: most sequences that run at once, more wait their turn; None: 64.
             progress: called while loading, see `rast.loading.Progress`.

@@ -388,6 +388,12 @@ def test_cancel(model: rast.RastForCausalLM) -> None:
     assert 0 < len(rest[0].new_tokens) < 200
     assert_idle(model)
 
+    samples = model.generate_iter([rast.Request([i], tag=i, options=dict(max_new_tokens=1 + i)) for i in range(2)])
+    assert next(samples).tag == 0
+    model.generate([5], max_new_tokens=9)  # takes the other one along, to its end
+    samples.cancel(1)
+    assert [s.finish_reason for s in samples] == ["length"]
+
 
 def test_an_exception_of_the_source(model: rast.RastForCausalLM) -> None:
     """It fails when asked for the eighth request. What has ended by then comes out before the exception."""
@@ -444,6 +450,12 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, old)
 
 
+def iter_until_interrupt() -> Iterator[rast.Request]:
+    yield rast.Request([1], options=dict(max_new_tokens=2000))
+    yield rast.Request([])
+    raise KeyboardInterrupt
+
+
 def test_interrupt(trio: tuple[Path, ...]) -> None:
     model = load_rast(*trio)
     want = model.generate([7], seed=0, **OPTIONS)
@@ -454,6 +466,12 @@ def test_interrupt(trio: tuple[Path, ...]) -> None:
         next(samples)
     assert_idle(model)
     assert list(samples) == []
+    # what ended before the interrupt is kept
+    samples = model.generate_iter(iter_until_interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        next(samples)
+    assert_idle(model)
+    assert [s.error is not None for s in samples] == [True]
     np.testing.assert_array_equal(model.generate([7], seed=0, **OPTIONS), want)
 
 
