@@ -777,7 +777,7 @@ def _bytes(max_memory: int | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", max_memory)
         if not match or match[2] not in _UNITS:
             raise ValueError(f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r}')
-        size = int(float(match[1]) * _UNITS[match[2]])
+        size = int(min(float(match[1]) * _UNITS[match[2]], 2.0**62))
     else:
         raise TypeError(f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r}')
     if size < 1:

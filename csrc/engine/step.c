@@ -25,8 +25,8 @@ static rast_chunk *sample_chunk(rast_engine *e, const rast_sample *s, rast_finis
     return add_chunk(e, s->job, s->index, (uint32_t)rast_sample_n_new(s), finish);
 }
 
-/* How a sample without new tokens, or with some, has to end now. A deadline does not end a sample before its first token (as
- * in HuggingFace), unless none of its request has begun. */
+/* How a sample with n_new tokens has to end now; now = 0: only if it was cancelled. A deadline does not end a sample before
+ * its first token (as in HuggingFace), unless none of its request has begun. */
 static rast_finish must_end(const rast_job *job, size_t n_new, double now) {
     const int owed = job->stop.max_new > 0 && job->begun && !n_new;
     if (job->cancelled) return RAST_FINISH_CANCELLED;
@@ -169,13 +169,15 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     e->failed = 1; /* until the step has succeeded */
     e->n_errors = 0;
     const double now = rast_now();
-    int status = end_unmade(e, now, err);
+    int status = end_unmade(e, 0, err);
     if (status == RAST_OK) status = make_room(e, 0, err);
     if (status) return status;
     e->n_running = end_stopped(e, e->running, e->n_running, now);
-    e->n_parked = end_stopped(e, e->parked, e->n_parked, now);
+    e->n_parked = end_stopped(e, e->parked, e->n_parked, 0);
     rast_make_place(e);
     status = rast_admit(e, err);
+    e->n_parked = end_stopped(e, e->parked, e->n_parked, now); /* those that found no room in time */
+    if (status == RAST_OK) status = end_unmade(e, now, err);
     if (status == RAST_OK && e->n_running) status = rast_plan_step(e, err);
     if (status == RAST_OK && e->n_running) status = rast_run_plan(e, err);
     if (status) return status;
