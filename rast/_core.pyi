@@ -174,11 +174,11 @@ class Engine:
         are any. An exception (Ctrl-C, memory) leaves everything as it is: collect again, or abandon."""
     def abandon(self, session: int) -> None:
         """Ends and forgets all that the session has."""
-    def add(self, request: Request) -> int: ...
-    def cancel(self, id: int) -> None: ...
-    def step(self) -> list[Result]:
-        """One step; what each sample got in it (tokens [n]; finish "" while it runs; no `prompt` assembly: prompt rows
-        are not available this way). Empty and not `busy`: nothing left to do."""
+    def step(self, session: int) -> list[Result]:
+        """What each of the session's samples got since it was last taken (finish "" while it runs), after one step if
+        none got anything. Empty also where a prompt's chunk gave no token yet."""
+    def cancel(self, id: int) -> None:
+        """Ends all samples of a request."""
     @property
     def busy(self) -> bool: ...
     def info(self) -> EngineInfo: ...

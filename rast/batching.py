@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["GenerateIterator", "Request", "Turns"]
+__all__ = ["EngineTurn", "GenerateIterator", "Request", "Turns"]
 
 _SLICE = 0.1  # seconds that one turn steps, when no sample ends before
 
@@ -103,6 +103,8 @@ class _Model(Protocol):
     def _turns(self) -> Turns: ...
     @property
     def _abandoned(self) -> list[int]: ...
+    @property
+    def _sessions(self) -> Iterator[int]: ...
     def _take_turn(self, wait: bool = True) -> _core.Engine | None: ...
     def _read_request(
         self, request: Request, config: Any, options: Mapping[str, Any]
@@ -119,9 +121,6 @@ class _Running:
     n_left: int
 
 
-_sessions = itertools.count(1)
-
-
 class GenerateIterator(Iterator[Sample]):
     """Samples as they end. Made by `RastForCausalLM.generate_iter`.
 
@@ -134,7 +133,7 @@ class GenerateIterator(Iterator[Sample]):
         self._source: Iterator[Any] | None = iter(source)
         self._config = config
         self._options = options
-        self._session = next(_sessions)
+        self._session = next(model._sessions)
         self._tags = itertools.count()
         self._running: dict[int, _Running] = {}
         self._n_left = 0  # samples
@@ -205,7 +204,7 @@ class GenerateIterator(Iterator[Sample]):
         """Takes requests from the source while the model could run more at once."""
         while self._source is not None:
             if not self._at_once:
-                with _Turn(self._model) as engine:
+                with EngineTurn(self._model) as engine:
                     self._at_once = engine.info()["max_seqs"]
             if self._n_left >= self._at_once:
                 return
@@ -234,7 +233,7 @@ class GenerateIterator(Iterator[Sample]):
             elif seed is not None:  # somebody chose the seed: equal requests must differ
                 key = hashlib.blake2b(made["ids"].tobytes() + seed.to_bytes(8, "little"), digest_size=16).digest()
                 made["first_copy"] = self._copies[key]
-            with _Turn(self._model) as engine:
+            with EngineTurn(self._model) as engine:
                 try:
                     request_id = engine.submit(made, self._session)
                 except Exception as problem:
@@ -256,11 +255,14 @@ class GenerateIterator(Iterator[Sample]):
             tag = self._to_cancel.popleft()
             for running in self._running.values():
                 if _equal(running.request.tag, tag):
-                    with _Turn(self._model) as engine, contextlib.suppress(ValueError):  # all its samples have ended
+                    with (
+                        EngineTurn(self._model) as engine,
+                        contextlib.suppress(ValueError),
+                    ):  # all its samples have ended
                         engine.cancel(running.id)
 
     def _collect(self, seconds: float = _SLICE) -> None:
-        with _Turn(self._model) as engine:
+        with EngineTurn(self._model) as engine:
             self._receive(engine.collect(self._session, seconds))
 
     def _receive(self, results: list[_core.Result]) -> None:
@@ -289,8 +291,8 @@ class GenerateIterator(Iterator[Sample]):
         self._n_left = 0
 
 
-class _Turn:
-    """`with _Turn(model) as engine`: the model's engine for this thread alone."""
+class EngineTurn:
+    """`with EngineTurn(model) as engine`: the model's engine for this thread alone."""
 
     def __init__(self, model: _Model) -> None:
         self._model = model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rast import _core
-from rast.batching import GenerateIterator, Request, Turns
+from rast.batching import EngineTurn, GenerateIterator, Request, Turns
 from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
 from rast.inputs import Ids, Mask, Prompts, read_prompts
 from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
@@ -129,6 +130,7 @@ class RastForCausalLM:
         }
         self._engine: _core.Engine | None = None
         self._turns = Turns()
+        self._sessions = itertools.count(1)  # numbers of iterators, by which the engine knows whose requests are whose
         self._abandoned: list[int] = []  # sessions whose iterator died
         self._process = os.getpid()
         self._can_stop_at_strings = agreed.pieces is not None
@@ -190,8 +192,7 @@ class RastForCausalLM:
                 that is free at the first use.
             max_memory: bytes, or a string such as "2GiB" or "500MB": limits the keys and values of all models together
                 with the weights that had to be copied or converted (mapped files can be dropped and do not count).
-                The buffers of one step come on top, and each `stream` that runs has keys and values of its own, within
-                the same limit again. Memory is used as it is needed.
+                The buffers of one step come on top. Memory is used as it is needed, up to the limit.
             max_batch_rows: most tokens that one step runs through a model (prompt chunks); None: 512.
             max_batch_size: most sequences that run at once, more wait their turn; None: 64.
             progress: called while loading, see `rast.loading.Progress`.
@@ -328,7 +329,7 @@ class RastForCausalLM:
         }
 
     def cache_info(self) -> dict[str, int]:
-        """State and counters of the KV cache that all calls share (`stream` has its own).
+        """State and counters of the KV cache that all calls share.
 
         `n_blocks` of `block_tokens` tokens, `kv_bytes` altogether; `n_free`: held by no sequence; `n_cached`: of these,
         the ones that keep a prefix. `steps`; `rows`: tokens computed, each model counted; `reused`: tokens the base did
@@ -686,24 +687,25 @@ class RastForCausalLM:
         return results
 
     def _steps(self, requests: list[_core.Request], n_samples: int) -> Iterator[Any]:
-        """The loop of `stream`, on an engine of its own, so that other calls can run in between."""
-        self._check_process()
-        with self._turns:
-            engine = self._new_engine()
-            for request in requests:
-                engine.add(request)
-        one = len(requests) * n_samples == 1
-        while True:
-            self._check_process()
-            with self._turns:
-                if not engine.busy:
-                    return
-                results = engine.step()
-            for result in results:
-                _raise_error(result, len(requests))
-                if len(result["tokens"]):
-                    ids = result["tokens"].astype(np.int64)
-                    yield ids if one else (result["tag"] * n_samples + result["sample"], ids)
+        """The loop of `stream`; other calls can run in between."""
+        session, n_left = next(self._sessions), len(requests) * n_samples
+        one = n_left == 1
+        try:
+            with EngineTurn(self) as engine:
+                for request in requests:
+                    engine.submit(request, session)
+            while n_left:
+                with EngineTurn(self) as engine:
+                    results = engine.step(session)
+                for result in results:
+                    _raise_error(result, len(requests))
+                    n_left -= result["finish"] != ""
+                    if len(result["tokens"]):
+                        ids = result["tokens"].astype(np.int64)
+                        yield ids if one else (result["tag"] * n_samples + result["sample"], ids)
+        finally:
+            if n_left:  # garbage collection may have brought us here, so nothing may wait: the next turn does the work
+                self._abandoned.append(session)
 
 
 def _listener(

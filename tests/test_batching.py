@@ -141,14 +141,14 @@ def test_the_first_never_gives_way(one_net: _core.Model) -> None:
 
 def test_waiting_samples_can_be_cancelled(one_net: _core.Model) -> None:
     engine = new_engine(one_net, n_blocks=4, max_seqs=2)
-    first = engine.add(request(ids_of(0, 20), max_new=50, n_samples=300, tag=1))
-    engine.add(request(ids_of(1, 20), max_new=3, tag=2))
+    first = engine.submit(request(ids_of(0, 20), max_new=50, n_samples=300, tag=1), 1)
+    engine.submit(request(ids_of(1, 20), max_new=3, tag=2), 1)
     for _ in range(3):
-        engine.step()
+        engine.step(1)
     engine.cancel(first)
-    results = engine.step()
+    results = engine.step(1)
     assert sorted(r["sample"] for r in results if r["finish"] == "cancelled") == list(range(300))
-    finish = [r["finish"] for _ in range(4) for r in engine.step()]
+    finish = [r["finish"] for _ in range(4) for r in engine.step(1)]
     assert finish[-1] == "length" and not engine.busy
     assert engine.info()["n_free"] == engine.info()["n_blocks"]
 
@@ -602,3 +602,14 @@ def test_soak(zoo: ModelZoo) -> None:
     assert count > n and not checked
     assert model.cache_info()["preempted"] > 0
     assert_idle(model)
+
+
+def test_streams_share_the_cache(roomy: rast.RastForCausalLM) -> None:
+    (prompt,) = random_prompts(1, 311, seed=9, low=100, high=100)
+    new = np.concatenate(list(roomy.stream(prompt, seed=1, **OPTIONS)))
+    before = roomy.cache_info()
+    again = roomy.stream(np.concatenate([prompt, new, prompt[:3]]), seed=2, **OPTIONS)
+    next(again)
+    assert roomy.cache_info()["reused"] - before["reused"] == 96
+    again.close()  # type: ignore[attr-defined]
+    assert_idle(roomy)

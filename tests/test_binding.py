@@ -172,11 +172,11 @@ def test_results_come_in_order(engine: _core.Engine) -> None:
 def test_steps_give_what_run_gives(engine: _core.Engine) -> None:
     want = EVERYTHING & ~_core.WANT_PROMPT
     (whole,) = engine.run([make_request(want=want)])
-    engine.add(make_request(want=want, tag=7))
+    engine.submit(make_request(want=want, tag=7), 1)
     parts = []
     while engine.busy:
-        parts += engine.step()
-    assert engine.step() == []
+        parts += engine.step(1)
+    assert engine.step(1) == []
     assert {part["tag"] for part in parts} == {7}
     assert [part["finish"] for part in parts if part["finish"]] == ["length"]
     for name in ("tokens", "logprob", "kl", "logits", "scores", "parts"):
@@ -185,14 +185,12 @@ def test_steps_give_what_run_gives(engine: _core.Engine) -> None:
 
 
 def test_cancel(engine: _core.Engine) -> None:
-    id = engine.add(make_request(max_new=1000))
-    engine.step()
-    with pytest.raises(RuntimeError, match="add"):
-        engine.run([make_request()])
+    id = engine.submit(make_request(max_new=1000), 1)
+    engine.step(1)
     engine.cancel(id)
     finishes = []
     while engine.busy:
-        finishes += [part["finish"] for part in engine.step()]
+        finishes += [part["finish"] for part in engine.step(1)]
     assert finishes[-1] == "cancelled"
     with pytest.raises(ValueError, match="id"):
         engine.cancel(id + 1000)
@@ -534,7 +532,7 @@ def test_one_call_at_a_time(engine: _core.Engine, model: _core.Model) -> None:
     refused: list[str] = []
 
     def on_tokens(*_: Any) -> None:
-        for call in (lambda: engine.run([]), lambda: engine.step(), lambda: engine.info(), lambda: engine.busy):
+        for call in (lambda: engine.run([]), lambda: engine.step(1), lambda: engine.info(), lambda: engine.busy):
             with pytest.raises(RuntimeError, match="in use"):
                 call()
             refused.append("engine")
@@ -641,8 +639,8 @@ def test_memory_stays_flat(engine: _core.Engine) -> None:
         with pytest.raises(TypeError):
             _core.Model([make_net(0), make_net(1, name=3)])
         own = _core.Engine(_core.Model([make_net(0)], num_threads=1), kv_bytes=1 << 20)
-        own.add(make_request(coef=np.ones(1, np.float32)))
-        own.step()
+        own.submit(make_request(coef=np.ones(1, np.float32)), 1)
+        own.step(1)
 
     for _ in range(20):
         once()

@@ -15,7 +15,6 @@ typedef struct {
     py_handle *handle;
     PyObject *drafter; /* or NULL */
     py_gather gather;  /* what run() and submit() asked for */
-    size_t n_added;    /* unfinished samples of add(), which step() reports */
 } py_engine;
 
 static const py_state *state_of(py_engine *self) { return PyType_GetModuleState(Py_TYPE(self)); }
@@ -134,15 +133,6 @@ static int run_steps(py_engine *self, size_t n_samples, PyObject *on_tokens) {
     return 0;
 }
 
-/* Claims the model for requests whose samples are gathered; chunks of add() would be lost meanwhile. */
-static int claim_to_gather(py_engine *self) {
-    if (py_model_claim(self->model)) return -1;
-    if (!self->n_added) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "the engine has requests of add(); step() until they are done");
-    py_model_release(self->model);
-    return -1;
-}
-
 static PyObject *engine_run(PyObject *object, PyObject *positional, PyObject *named) {
     static char *keywords[] = {"requests", "on_tokens", NULL};
     py_engine *self = (py_engine *)object;
@@ -155,7 +145,7 @@ static PyObject *engine_run(PyObject *object, PyObject *positional, PyObject *na
     requests = PySequence_Tuple(requests); /* nobody can change it meanwhile */
     if (!requests) return NULL;
     PyObject *results = NULL;
-    if (claim_to_gather(self)) goto done;
+    if (py_model_claim(self->model)) goto done;
     size_t n_samples = 0;
     int rc = 0;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(requests) && !rc; i++) {
@@ -165,7 +155,7 @@ static PyObject *engine_run(PyObject *object, PyObject *positional, PyObject *na
     }
     if (!rc && !run_steps(self, n_samples, on_tokens == Py_None ? NULL : on_tokens)) {
         results = PyList_New(0);
-        if (results && py_gather_take(&self->gather, RUN_SESSION, results, state_of(self))) Py_CLEAR(results);
+        if (results && py_gather_take(&self->gather, RUN_SESSION, 0, results, state_of(self))) Py_CLEAR(results);
     }
     if (!results) abandon(self, RUN_SESSION);
     py_model_release(self->model);
@@ -189,7 +179,7 @@ static PyObject *engine_submit(PyObject *object, PyObject *positional) {
     PyObject *dict, *number;
     uint64_t session;
     if (!PyArg_ParseTuple(positional, "OO:submit", &dict, &number) || read_session(number, "submit", &session) ||
-        claim_to_gather(self))
+        py_model_claim(self->model))
         return NULL;
     const py_group *group = submit(self, dict, session);
     PyObject *id = group ? PyLong_FromUnsignedLongLong(group->id) : NULL;
@@ -203,14 +193,11 @@ static PyObject *engine_collect(PyObject *object, PyObject *positional) {
     uint64_t session;
     double limit;
     if (!PyArg_ParseTuple(positional, "Od:collect", &number, &limit) || read_session(number, "collect", &session) ||
-        claim_to_gather(self))
+        py_model_claim(self->model))
         return NULL;
-    size_t n_ready = 0, n_left = 0;
+    size_t n_ready = py_gather_ready(&self->gather, session, 0), n_left = 0;
     for (const py_group *group = self->gather.first; group; group = group->next)
-        if (group->session == session) {
-            n_ready += group->n_ended - group->n_taken;
-            n_left += group->n - group->n_ended;
-        }
+        if (group->session == session) n_left += group->n - group->n_ended;
     PyObject *list = PyList_New(0);
     const double until = seconds() + limit;
     int rc = 0;
@@ -229,7 +216,7 @@ static PyObject *engine_collect(PyObject *object, PyObject *positional) {
         else
             rc = PyErr_CheckSignals();
     }
-    if (list && (rc || py_gather_take(&self->gather, session, list, state_of(self)))) Py_CLEAR(list);
+    if (list && (rc || py_gather_take(&self->gather, session, 0, list, state_of(self)))) Py_CLEAR(list);
     py_model_release(self->model);
     return list;
 }
@@ -241,29 +228,6 @@ static PyObject *engine_abandon(PyObject *object, PyObject *number) {
     abandon(self, session);
     py_model_release(self->model);
     Py_RETURN_NONE;
-}
-
-/* ---- step by step ------------------------------------------------------------------------------------------------ */
-
-static PyObject *engine_add(PyObject *object, PyObject *dict) {
-    py_engine *self = (py_engine *)object;
-    uint64_t id;
-    rast_error err = {0};
-    py_request request;
-    PyObject *result = NULL;
-    if (py_model_claim(self->model)) return NULL;
-    if (!py_request_read(dict, &request)) {
-        if (rast_engine_add(self->handle->engine, &request.request, &id, &err)) {
-            py_raise(state_of(self), &err);
-        } else {
-            self->n_added += request.request.n_samples;
-            result = PyLong_FromUnsignedLongLong(id);
-            if (!result) rast_engine_cancel(self->handle->engine, id); /* step() reports it all the same */
-        }
-    }
-    py_request_free(&request);
-    py_model_release(self->model);
-    return result;
 }
 
 static PyObject *engine_cancel(PyObject *object, PyObject *value) {
@@ -279,29 +243,22 @@ static PyObject *engine_cancel(PyObject *object, PyObject *value) {
     Py_RETURN_NONE;
 }
 
-static PyObject *engine_step(PyObject *object, PyObject *unused) {
-    (void)unused;
+static PyObject *engine_step(PyObject *object, PyObject *number) {
     py_engine *self = (py_engine *)object;
     const rast_chunk *chunks = NULL;
-    size_t n = 0, n_nets = rast_model_n_nets(self->model->model);
-    size_t n_vocab = (size_t)rast_model_n_vocab(self->model->model);
+    uint64_t session;
+    size_t n = 0, n_ended = 0;
     rast_error err = {0};
-    int rc;
-    if (py_model_claim(self->model)) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    rc = rast_engine_step(self->handle->engine, &chunks, &n, &err);
-    Py_END_ALLOW_THREADS
-    PyObject *list = NULL;
-    if (rc && !PyErr_Occurred()) py_raise(state_of(self), &err);
-    if (!PyErr_Occurred()) list = PyList_New(0);
-    for (size_t i = 0; i < n; i++) {
-        if (py_gather_add(&self->gather, &chunks[i])) continue;
-        if (chunks[i].finish != RAST_RUNNING && self->n_added) self->n_added--;
-        if (!list || (chunks[i].prompt && chunks[i].finish == RAST_RUNNING)) continue;
-        PyObject *result = py_chunk_result(&chunks[i], n_nets, n_vocab, state_of(self));
-        if (!result || PyList_Append(list, result)) Py_CLEAR(list);
-        Py_XDECREF(result);
+    int rc = 0;
+    if (read_session(number, "step", &session) || py_model_claim(self->model)) return NULL;
+    if (!py_gather_ready(&self->gather, session, 1)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = step_once(self, session, &chunks, &n, &n_ended, &err);
+        Py_END_ALLOW_THREADS
     }
+    if (rc && !PyErr_Occurred()) py_raise(state_of(self), &err);
+    PyObject *list = PyErr_Occurred() ? NULL : PyList_New(0);
+    if (list && py_gather_take(&self->gather, session, 1, list, state_of(self))) Py_CLEAR(list);
     py_model_release(self->model);
     return list;
 }
@@ -465,9 +422,8 @@ static PyMethodDef engine_methods[] = {
     {"submit", engine_submit, METH_VARARGS, "submit(request, session) -> id"},
     {"collect", engine_collect, METH_VARARGS, "collect(session, seconds) -> results of samples that have ended"},
     {"abandon", engine_abandon, METH_O, "abandon(session): ends and forgets all that it has"},
-    {"add", engine_add, METH_O, "add(request) -> id"},
     {"cancel", engine_cancel, METH_O, "cancel(id): ends all samples of a request"},
-    {"step", engine_step, METH_NOARGS, "step() -> what each sample got in one step"},
+    {"step", engine_step, METH_O, "step(session) -> what each of its samples got"},
     {"info", engine_info, METH_NOARGS, "info() -> dict of the KV cache's size and of counters"},
     {"_set_drafter", engine_set_drafter, METH_O, "_set_drafter(drafter or None), for tests"},
     {0},

@@ -52,18 +52,30 @@ static void remove_group(py_gather *self, py_group *before, py_group *group) {
     PyMem_RawFree(group);
 }
 
-int py_gather_take(py_gather *self, uint64_t session, PyObject *list, const py_state *state) {
+static int is_ready(const py_sample *sample, int partial) {
+    return !sample->taken && (sample->ended || (partial && sample->fresh.n));
+}
+
+size_t py_gather_ready(const py_gather *self, uint64_t session, int partial) {
+    size_t n = 0;
+    for (const py_group *group = self->first; group; group = group->next)
+        for (uint32_t j = 0; j < group->n && group->session == session; j++)
+            n += (size_t)is_ready(&group->samples[j], partial);
+    return n;
+}
+
+int py_gather_take(py_gather *self, uint64_t session, int partial, PyObject *list, const py_state *state) {
     py_group *before = NULL, *next;
     for (py_group *group = self->first; group; group = next) {
         next = group->next;
-        for (uint32_t j = 0; j < group->n && group->session == session && group->n_taken < group->n_ended; j++) {
+        for (uint32_t j = 0; j < group->n && group->session == session; j++) {
             py_sample *sample = &group->samples[j];
-            if (!sample->ended || sample->taken) continue;
+            if (!is_ready(sample, partial)) continue;
             PyObject *result = py_sample_result(sample, state);
             const int rc = result ? PyList_Append(list, result) : -1;
             Py_XDECREF(result);
-            sample->taken = 1;
-            group->n_taken++;
+            sample->taken = sample->ended;
+            group->n_taken += (uint32_t)sample->ended;
             py_sample_free(sample);
             if (rc) return -1;
         }

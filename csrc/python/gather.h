@@ -22,8 +22,10 @@ py_group *py_gather_open(py_gather *self, uint64_t session, const rast_request *
 py_group *py_gather_find(py_gather *self, uint64_t id);
 /* Adds a chunk to its sample, which out of memory becomes an error. Returns its group, or NULL. Needs no GIL. */
 py_group *py_gather_add(py_gather *self, const rast_chunk *chunk);
-/* Appends the results of the session's ended samples to the list, by request and sample, and forgets them. */
-int py_gather_take(py_gather *self, uint64_t session, PyObject *list, const py_state *state);
+/* How many of the session's samples have something to take: have ended; or, with partial = 1, also have new tokens. */
+size_t py_gather_ready(const py_gather *self, uint64_t session, int partial);
+/* Appends their results to the list, by request and sample, and forgets what these hold. */
+int py_gather_take(py_gather *self, uint64_t session, int partial, PyObject *list, const py_state *state);
 /* Forgets the session, whatever it has. */
 void py_gather_close(py_gather *self, uint64_t session);
 void py_gather_free(py_gather *self);

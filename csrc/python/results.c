@@ -170,23 +170,6 @@ PyObject *py_sample_result(py_sample *self, const py_state *state) {
     return dict;
 }
 
-PyObject *py_chunk_result(const rast_chunk *chunk, size_t n_nets, size_t n_vocab, const py_state *state) {
-    rast_chunk c = *chunk;
-    if (c.prompt) c = (rast_chunk){.tag = c.tag, .sample = c.sample, .finish = c.finish, .error = c.error};
-    py_sample sample = {
-        .tag = c.tag,
-        .sample = c.sample,
-        .want = (c.logprob ? RAST_WANT_LOGPROBS : 0u) | (c.stats ? RAST_WANT_STATS : 0u) |
-                (c.logits ? RAST_WANT_LOGITS : 0u) | (c.scores ? RAST_WANT_SCORES : 0u) |
-                (c.parts ? RAST_WANT_COMPONENTS : 0u),
-        .n_nets = n_nets,
-        .n_vocab = n_vocab,
-    };
-    PyObject *result = py_sample_add(&sample, &c) ? PyErr_NoMemory() : py_sample_result(&sample, state);
-    py_sample_free(&sample);
-    return result;
-}
-
 const char *py_finish_name(int32_t finish) {
     static const char *const names[] = {
         [RAST_RUNNING] = "",           [RAST_FINISH_EOS] = "eos",   [RAST_FINISH_LENGTH] = "length",

@@ -43,9 +43,6 @@ int py_sample_add(py_sample *self, const rast_chunk *chunk);
 PyObject *py_sample_result(py_sample *self, const py_state *state);
 void py_sample_free(py_sample *self);
 
-/* The Result dict of a single chunk, with the columns that it brings; of a prompt chunk nothing but its finish. */
-PyObject *py_chunk_result(const rast_chunk *chunk, size_t n_nets, size_t n_vocab, const py_state *state);
-
 /* "eos", "length", ..., or "" while the sample runs */
 const char *py_finish_name(int32_t finish);
 
