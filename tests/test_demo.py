@@ -420,6 +420,16 @@ def test_shipped_models_recover_the_gap() -> None:
     assert accuracy["transfer"] > accuracy["expert"] and accuracy["transfer"] > accuracy["base"]
 
 
+@pytest.mark.parametrize(("quantization", "sampled", "greedy"), [("int8", 0.87, 0.98), ("int4", 0.85, 0.97)])
+def test_shipped_models_quantized(quantization: str, sampled: float, greedy: float) -> None:
+    """Of 1000 problems 90.8 % sampled and all greedily without; 90.7 and 100 % in int8, 89.4 and 99.9 % in int4."""
+    problems = list(islice(rast.demo.problems.problems("test", 0), 300))
+    model = rast.load_demo(quantization=quantization)
+    assert all(any("Q" in name for name in net["weight_types"]) for net in model.info()["nets"])
+    assert solve(model, problems, n_samples=4).mean() >= sampled
+    assert solve(model, problems, do_sample=False).mean() >= greedy
+
+
 def test_shipped_models_are_small() -> None:
     files = [file for path in rast.demo.paths().values() for file in path.iterdir()]
     assert sum(file.stat().st_size for file in files) <= 12e6
