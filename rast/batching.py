@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -201,12 +202,16 @@ class GenerateIterator(Iterator[Sample]):
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def _pull(self) -> None:
-        """Takes requests from the source while the model could run more at once."""
+        """Takes requests from the source while the model could run more at once; a slow source must not hold up those
+        that run."""
+        begin = time.monotonic()
         while self._source is not None:
             if not self._at_once:
                 with EngineTurn(self._model) as engine:
                     self._at_once = engine.info()["max_seqs"]
-            if self._n_left >= self._at_once:
+            if max(self._n_left, len(self._ready)) >= self._at_once:
+                return
+            if self._running and time.monotonic() - begin > _SLICE:
                 return
             try:
                 item = next(self._source)
@@ -214,7 +219,7 @@ class GenerateIterator(Iterator[Sample]):
                 self._source = None
                 return
             except Exception as error:
-                self._stop()
+                self._stop(wait=True)
                 self._error = error
                 return
             self._submit(item)
@@ -242,7 +247,7 @@ class GenerateIterator(Iterator[Sample]):
             tag = request.tag if isinstance(request, Request) else None
             if isinstance(item, Mapping):
                 tag = item.get("tag")
-            self._ready.append(Sample(tag=tag, error=error))
+            self._ready.append(Sample(tag=tag, error=_without_frames(error)))
             return
         n_samples = made["n_samples"]
         if request.copy is None and seed is not None:
@@ -274,12 +279,15 @@ class GenerateIterator(Iterator[Sample]):
                 del self._running[result["tag"]]
             self._ready.append(_sample(result, running))
 
-    def _stop(self) -> None:
-        """Keeps what has ended for the next reads and ends the rest, now or when the model's turn is free."""
+    def _stop(self, wait: bool = False) -> None:
+        """Keeps what has ended for the next reads and ends the rest.
+
+        If the model's turn is not free and this may not wait for it, then later, and what has not been read is lost.
+        """
         self._source = None
         if not self._running:
             return
-        engine = self._model._take_turn(wait=False)
+        engine = self._model._take_turn(wait=wait)
         if engine is None or self._model._turns.depth > 1:
             self._model._abandoned.append(self._session)
         else:
@@ -324,8 +332,24 @@ def _as_request(item: Any) -> Request:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    same = a == b
-    return same if isinstance(same, bool) else bool(np.all(same))
+    """Of tags; whatever cannot be compared is not equal."""
+    if a is b:
+        return True
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b)
+    try:
+        return bool(a == b)
+    except Exception:
+        return False
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error without its tracebacks, which would keep the iterator alive as long as somebody keeps the error."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _sample(result: _core.Result, running: _Running) -> Sample:

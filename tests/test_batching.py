@@ -5,8 +5,11 @@ That sharing and preemption change no result is tested in test_engine.py; here i
 
 from __future__ import annotations
 
+import gc
+import itertools
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -418,6 +421,76 @@ def test_an_exception_of_the_source(model: rast.RastForCausalLM) -> None:
     assert sorted(seen) == list(range(6))
     assert list(samples) == []
     assert_idle(model)
+
+
+def test_an_exception_of_the_source_while_another_thread_runs(model: rast.RastForCausalLM) -> None:
+    """What ended in the other thread's steps is delivered all the same."""
+    other = threading.Thread(target=lambda: model.generate([3, 1, 4], max_new_tokens=40, eos_token_id=None))
+
+    def source() -> Iterator[Any]:
+        for i in range(3):
+            yield {"input_ids": [1 + i, 2], "tag": i}
+        other.start()
+        time.sleep(0.05)
+        raise RuntimeError("no more")
+
+    samples = []
+    iterator = model.generate_iter(source(), max_new_tokens=1, eos_token_id=None)
+    with pytest.raises(RuntimeError, match="no more"):
+        samples.extend(iter(lambda: next(iterator), None))
+    other.join()
+    info = model.cache_info()
+    assert info["n_free"] == info["n_blocks"]
+    assert sorted(sample.tag for sample in samples) == [0, 1, 2]
+    assert all(sample.finish_reason == "length" for sample in samples)
+
+
+def test_a_slow_source_holds_up_nobody(model: rast.RastForCausalLM) -> None:
+    taken = 0
+
+    def source() -> Iterator[Any]:
+        nonlocal taken
+        for i in range(8):
+            time.sleep(0.06)
+            taken += 1
+            yield {"input_ids": [1 + i, 2], "tag": i}
+
+    iterator = model.generate_iter(source(), max_new_tokens=1)
+    next(iterator)
+    assert taken < 8
+    assert len(list(iterator)) == 7
+
+
+def test_an_endless_bad_source(model: rast.RastForCausalLM) -> None:
+    iterator = model.generate_iter(itertools.repeat({"input_ids": []}))
+    assert all(next(iterator).error is not None for _ in range(300))
+    iterator.close()
+
+
+def test_an_error_that_is_kept_keeps_nothing_running(model: rast.RastForCausalLM) -> None:
+    iterator = model.generate_iter([{"input_ids": []}, {"input_ids": [1, 2, 3]}], max_new_tokens=40, eos_token_id=None)
+    gc.disable()
+    try:
+        sample = next(iterator)
+        assert sample.error is not None
+        del iterator
+        model.generate([9], max_new_tokens=1)
+        info = model.cache_info()
+        assert info["n_free"] == info["n_blocks"]
+    finally:
+        gc.enable()
+
+
+def test_tags_that_are_arrays(model: rast.RastForCausalLM) -> None:
+    tags: list[Any] = [np.arange(2), "b", np.array([]), None, (1, "x")]
+    requests = [{"input_ids": [1 + i, 2], "tag": tag} for i, tag in enumerate(tags)]
+    requests.append({"input_ids": [9], "tag": "first", "max_new_tokens": 2})
+    iterator = model.generate_iter(requests, max_new_tokens=30, eos_token_id=None)
+    assert next(iterator).tag == "first"
+    for tag in (np.arange(3), "zzz", np.array(["b"]), np.arange(2)):
+        iterator.cancel(tag)
+    finish = {str(sample.tag): sample.finish_reason for sample in iterator}
+    assert finish == {"[0 1]": "cancelled", "b": "length", "[]": "length", "None": "length", "(1, 'x')": "length"}
 
 
 def test_leaving_gives_everything_back(model: rast.RastForCausalLM) -> None:

@@ -307,6 +307,21 @@ def test_alone_or_in_a_batch(trio: tuple[Path, ...], quantization: str, options:
 MIXED = {"base": "int4", "expert": "int8", "antiexpert": "int4-64"}
 
 
+@pytest.mark.parametrize("quantization", ["int8", {"expert": "int4"}])
+def test_first_step_without_the_pair(trio: tuple[Path, ...], quantization: Any) -> None:
+    """Models that do not run in a step leave nothing behind that its transfer could read."""
+    alone = load_rast(trio[0], quantization="int8" if quantization == "int8" else None).generate(
+        [[1, 2, 3]], max_new_tokens=4
+    )
+    model = load_rast(*trio, quantization=quantization)
+    np.testing.assert_array_equal(model.generate([[1, 2, 3]], max_new_tokens=4, transfer_strength=0), alone)
+    late = load_rast(*trio, quantization=quantization).generate([[1]], max_new_tokens=4, transfer_start=2)
+    np.testing.assert_array_equal(model.generate([[1]], max_new_tokens=4, transfer_start=2), late)
+    assert np.isfinite(
+        load_rast(*trio, quantization=quantization).score([[1, 2, 3]], transfer_strength=0).logprob[0, 1:]
+    ).all()
+
+
 def test_number_of_threads(trio: tuple[Path, ...], isa: str) -> None:
     want = run(load_rast(*trio, num_threads=1, quantization=MIXED), PROMPTS, **OPTIONS["sampled"])
     for n in (2, 3, 7):

@@ -130,6 +130,7 @@ static int record_copies(rast_engine *e, rast_error *err) {
 
 static int record_passes(rast_engine *e, rast_error *err) {
     size_t placed[RAST_MAX_NETS] = {0}; /* by class: nets whose outputs already have their place */
+    for (int32_t m = 0; m < e->model->n_nets; m++) e->terms[m].hidden = 0;
     for (int32_t i = 0; i < e->plan.n_passes; i++) {
         const rast_pass_plan *p = &e->plan.passes[i];
         const rast_net_state *net = &e->model->nets[p->nets[0]];

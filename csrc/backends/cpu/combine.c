@@ -470,7 +470,7 @@ static const term_input *record_inputs(rast_queue *q, const rast_logits *l) {
     for (size_t m = 0; m < n_terms; m++) {
         const rast_term *term = &l->terms[m];
         const rast_weight *head = term->head;
-        if (term->saved) {
+        if (term->saved || !term->hidden) {
             inputs[m] = (term_input){0};
             continue;
         }
