@@ -50,8 +50,8 @@ static void pause_a_little(void) {
 }
 
 static void put_up(cpu_pool *pool, uint32_t number, uint32_t n_units) {
+    atomic_store(&pool->number, number); /* first: nobody can put up another task before this ticket is there */
     atomic_store(&pool->ticket, (unsigned long long)number << 32 | n_units);
-    atomic_store(&pool->number, number);
     if (atomic_load(&pool->sleepers)) syscall(SYS_futex, &pool->number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
