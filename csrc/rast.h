@@ -240,6 +240,8 @@ RAST_API int rast_engine_add(rast_engine *engine, const rast_request *request, u
 /* Ends all samples of a request; their last chunks (RAST_FINISH_CANCELLED) come with the next step. */
 RAST_API int rast_engine_cancel(rast_engine *engine, uint64_t id);
 RAST_API void rast_engine_cancel_all(rast_engine *engine);
+/* Ends all samples of a request at once: no chunks come, and its blocks are free. An id that is not there is allowed. */
+RAST_API void rast_engine_discard(rast_engine *engine, uint64_t id);
 
 /* One step of every running sample. n = 0 and RAST_OK: nothing is left to do... unless rast_engine_busy says otherwise
  * (a prefill chunk yields no token). RAST_ERR_INTERRUPTED: stopped before the step; requests stay queued. */

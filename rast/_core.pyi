@@ -160,30 +160,39 @@ class EngineInfo(TypedDict):
 OnTokens = Callable[[int, int, NDArray[np.int32], str | None], None]
 
 class Engine:
-    """Runs requests on a model. One thread at a time (a second caller gets RuntimeError)."""
+    """Runs requests on a model. Calls of all engines of a model wait for each other, without the GIL and in order of
+    arrival; a call from inside another (`on_tokens`) is a RuntimeError, except `busy` and `info`."""
 
     def __init__(self, model: Model, *, kv_bytes: int = 0, max_rows: int = 0, max_seqs: int = 0) -> None: ...
     def run(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Result]:
         """Adds the requests, steps until all their samples ended, with the GIL released; results in the order of
         requests and samples. Without `on_tokens` it takes the GIL only now and then, to let signals in: an exception
         there (Ctrl-C) or in `on_tokens` ends these requests and is raised. What sessions have submitted goes on too."""
-    def submit(self, request: Request, session: int) -> int:
-        """Queues a request for a session, a number that its caller chose, not 0. Returns the request's id."""
-    def collect(self, session: int, seconds: float) -> list[Result]:
-        """Steps until a sample of the session has ended, at most about so long; those that have ended, at once if there
-        are any. An exception (Ctrl-C, memory) leaves everything as it is: collect again, or abandon."""
-    def abandon(self, session: int) -> None:
-        """Ends and forgets all that the session has."""
-    def step(self, session: int) -> list[Result]:
-        """What each of the session's samples got since it was last taken (finish "" while it runs), after one step if
-        none got anything. Empty also where a prompt's chunk gave no token yet."""
-    def cancel(self, id: int) -> None:
-        """Ends all samples of a request."""
     @property
     def busy(self) -> bool: ...
     def info(self) -> EngineInfo: ...
     def _set_drafter(self, drafter: Callable[[int, int, NDArray[np.int32], int], Sequence[int]] | None) -> None:
         """For tests: drafter(tag, sample, ids, k) -> up to k guesses."""
+
+class Session:
+    """The requests of one caller. When it dies, they end and their blocks are free, at once or after the step that is
+    running. `with session:` is a RuntimeError if another `with` block has it."""
+
+    def __init__(self, engine: Engine) -> None: ...
+    def submit(self, request: Request) -> int:
+        """Queues a request. Returns its id."""
+    def collect(self, seconds: float, append: Callable[[Result], object]) -> int:
+        """Steps until a sample has ended, at most about so long; not at all if there are any. Calls `append` with those
+        that have ended, and returns how many have not. An exception (Ctrl-C, memory) leaves everything as it is."""
+    def step(self) -> list[Result]:
+        """What each sample got since it was last taken (finish "" while it runs), after one step if none got anything.
+        Empty also where a prompt's chunk gave no token yet."""
+    def cancel(self, id: int) -> None:
+        """Ends all samples of a request; their results have finish "cancelled"."""
+    def stop(self, *, forget: bool = False) -> None:
+        """Ends all that runs, without results and without waiting; with `forget`, what has ended is dropped too."""
+    def __enter__(self) -> Session: ...
+    def __exit__(self, *_: object) -> None: ...
 
 WANT_LOGPROBS: int
 WANT_STATS: int

@@ -1,15 +1,19 @@
-"""Many requests through one model: `RastForCausalLM.generate_iter`, its requests, and threads that take turns."""
+"""Many requests through one model: `RastForCausalLM.generate_iter`, its requests, and how their source is read."""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import contextvars
 import hashlib
 import itertools
-import threading
+import operator
 import time
+import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,9 +27,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["EngineTurn", "GenerateIterator", "Request", "Turns"]
+__all__ = ["GenerateIterator", "Request"]
 
 _SLICE = 0.1  # seconds that one turn steps, when no sample ends before
+_SHORT_SLICE = 0.02  # the same while an item of the source is awaited
+_PATIENCE = 0.002  # seconds that everything waits for an item, once
 
 
 @dataclass
@@ -43,73 +49,81 @@ class Request:
     iterator has had with the same prompt and seed, as in `generate`."""
 
 
-class Turns:
-    """A lock whose waiters come in order of arrival; a thread that has it may take it again."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._queue: deque[tuple[threading.Lock, int]] = deque()
-        self._owner: int | None = None
-        self.depth = 0
-        """How many times the thread that has it has taken it."""
-
-    def acquire(self, wait: bool = True) -> bool:
-        me = threading.get_ident()
-        gate = threading.Lock()
-        with self._mutex:
-            if self._owner in (None, me):
-                self._owner = me
-                self.depth += 1
-                return True
-            if not wait:
-                return False
-            gate.acquire()
-            entry = (gate, me)
-            self._queue.append(entry)
-        try:
-            gate.acquire()  # opened by release(), which makes us the owner
-        except BaseException:
-            with self._mutex:
-                waiting = entry in self._queue
-                if waiting:
-                    self._queue.remove(entry)
-            if not waiting:
-                self.release()
-            raise
-        return True
-
-    def release(self) -> None:
-        with self._mutex:
-            self.depth -= 1
-            if self.depth:
-                return
-            self._owner = None
-            if self._queue:
-                gate, self._owner = self._queue.popleft()
-                self.depth = 1
-                gate.release()
-
-    def __enter__(self) -> Self:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class _Model(Protocol):
     """What an iterator needs of a model."""
 
-    @property
-    def _turns(self) -> Turns: ...
-    @property
-    def _abandoned(self) -> list[int]: ...
-    @property
-    def _sessions(self) -> Iterator[int]: ...
-    def _take_turn(self, wait: bool = True) -> _core.Engine | None: ...
+    def _check_process(self) -> None: ...
+    def _shared_engine(self) -> _core.Engine: ...
     def _read_request(
         self, request: Request, config: Any, options: Mapping[str, Any]
     ) -> tuple[_core.Request, int | None]: ...
+
+
+class _End:
+    """Stands for the item after the last."""
+
+
+class _Source:
+    """The items of an iterable, which a thread reads one by one as they are asked for.
+
+    The thread is the same from the first item to the last, and ends with this object. It is not the caller's, because a
+    source may block until something comes in, or until it sees results that the caller has not got yet. Lists and other
+    sequences do not block, and need no thread.
+    """
+
+    # `_thread` and SimpleQueue, not `threading`: whose own locks a signal's exception may leave in any state.
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._items = [iter(source)]
+        self._direct = isinstance(source, Sequence)
+        self._asked: SimpleQueue[Any] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._thread = 0
+        self.late = False
+        """An item has been asked for and has not come."""
+
+    def get(self, patience: float | None) -> Any:
+        """The next item, or _End; what the source raises. Empty: not within `patience` seconds, for which an item is
+        waited for once; None: for ever."""
+        if self._direct:
+            return next(self._items[0], _End)
+        if not self._thread:
+            # Whichever way this object dies, the thread gets the reference to it instead of True, and ends.
+            ended = weakref.ref(self, self._asked.put)
+            work = (_read_source, self._items, self._asked, self._answers, ended)
+            self._thread = _thread.start_new_thread(contextvars.copy_context().run, work)
+        if self.late:
+            patience = None if patience is None else 0
+        else:
+            self._asked.put(True)
+            self.late = True
+        item, error = self._answers.get(timeout=patience)
+        self.late = False
+        if error is not None:
+            raise error
+        return item
+
+    def is_reading(self) -> bool:
+        """Whether the source itself calls this."""
+        return self._thread == _thread.get_ident()
+
+    def close(self) -> None:
+        """Waits until the source is closed, unless it is at work: then it is closed when it has its next item."""
+        self._asked.put(False)
+        if self._thread and not self.late:
+            self._answers.get()
+
+
+def _read_source(holder: list[Iterator[Any]], asked: SimpleQueue[Any], answers: SimpleQueue[Any], _: object) -> None:
+    """One answer for each True, and one at the end, when nobody has the items any more."""
+    items: Iterator[Any] | None = holder.pop()
+    while asked.get() is True:
+        try:
+            answers.put((next(items, _End), None))  # type: ignore[arg-type]
+        except BaseException as error:
+            answers.put((None, error))
+    items = None
+    answers.put((_End, None))
 
 
 @dataclass
@@ -117,9 +131,9 @@ class _Running:
     """A request of which samples are still to come."""
 
     request: Request
-    id: int
     seed: int
     n_left: int
+    id: int = -1
 
 
 class GenerateIterator(Iterator[Sample]):
@@ -129,47 +143,54 @@ class GenerateIterator(Iterator[Sample]):
     time, except that `cancel` may be called from anywhere.
     """
 
+    # A signal's exception can come between any two steps of Python code. So what must not be lost or left behind is in
+    # the hands of C code: requests end with their session, and samples that have ended are in the session or in _ready.
+
     def __init__(self, model: _Model, source: Iterable[Any], config: Any, options: Mapping[str, Any]) -> None:
         self._model = model
-        self._source: Iterator[Any] | None = iter(source)
+        self._source: _Source | None = _Source(source)
         self._config = config
         self._options = options
-        self._session = next(model._sessions)
+        self._engine = model._shared_engine()
+        self._session = _core.Session(self._engine)
         self._tags = itertools.count()
         self._running: dict[int, _Running] = {}
         self._n_left = 0  # samples
         self._at_once = 0  # most that the model runs; 0: not asked yet
         self._copies: Counter[bytes] = Counter()
-        self._ready: deque[Sample] = deque()
+        self._ready: deque[Sample | _core.Result] = deque()
         self._to_cancel: deque[Any] = deque()
         self._error: Exception | None = None  # the source's, raised when everything else is out
-        self._busy = threading.Lock()
 
     # ---- for users ---------------------------------------------------------------------------------------------
 
     def __next__(self) -> Sample:
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("this iterator is being read already, by another thread or by its own source")
-        try:
-            while not self._ready:
-                self._cancel_asked()
-                self._pull()
-                if self._ready:
-                    break
-                if not self._running:
-                    if self._error is not None:
-                        error, self._error = self._error, None
-                        raise error
-                    raise StopIteration
-                self._collect()
-            return self._ready.popleft()
-        except StopIteration:
-            raise
-        except BaseException:
-            self._stop()
-            raise
-        finally:
-            self._busy.release()
+        self._model._check_process()
+        if self._source is not None and self._source.is_reading():
+            raise RuntimeError("this iterator is being read already, by its own source")
+        with self._session:
+            try:
+                self._advance()
+            except BaseException:
+                self._stop()
+                raise
+            if not self._ready:
+                if self._error is not None:
+                    error, self._error = self._error, None
+                    raise error
+                raise StopIteration
+            result = self._ready[0]
+            if isinstance(result, Sample):
+                sample = result
+            else:
+                tag = result["tag"]
+                running = self._running[tag]
+                sample = _sample(result, running)
+                running.n_left -= 1  # from here to the end nothing is called, so no signal comes in between
+                if not running.n_left:
+                    del self._running[tag]
+            del self._ready[0]
+            return sample
 
     def cancel(self, tag: Any) -> None:
         """Ends all requests with this tag that run; their samples come with finish_reason "cancelled"."""
@@ -177,14 +198,12 @@ class GenerateIterator(Iterator[Sample]):
 
     def close(self) -> None:
         """Ends everything; what was ready and not read is lost."""
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("this iterator is being read already, by another thread or by its own source")
-        try:
-            self._stop()
+        with self._session:
+            self._stop(forget=True)
             self._ready.clear()
+            self._running.clear()
+            self._n_left = 0
             self._error = None
-        finally:
-            self._busy.release()
 
     def __enter__(self) -> Self:
         return self
@@ -194,33 +213,42 @@ class GenerateIterator(Iterator[Sample]):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # It may run anywhere, between two bytecodes of a thread that has its turn: the next turn does the work.
-        if getattr(self, "_running", None):
-            self._model._abandoned.append(self._session)
-
     # ---- the loop ----------------------------------------------------------------------------------------------
 
+    def _advance(self) -> None:
+        """Until a sample is ready or all is over."""
+        while not self._ready:
+            self._cancel_asked()
+            self._pull()
+            if self._ready:
+                return
+            if self._n_left:
+                late = self._source is not None and self._source.late
+                self._n_left = self._session.collect(_SHORT_SLICE if late else _SLICE, self._ready.append)
+            elif self._source is None:
+                return
+
     def _pull(self) -> None:
-        """Takes requests from the source while the model could run more at once; a slow source must not hold up those
-        that run."""
+        """Takes requests from the source while the model could run more at once."""
         begin = time.monotonic()
         while self._source is not None:
             if not self._at_once:
-                with EngineTurn(self._model) as engine:
-                    self._at_once = engine.info()["max_seqs"]
+                self._at_once = self._engine.info()["max_seqs"]
             if max(self._n_left, len(self._ready)) >= self._at_once:
                 return
-            if self._running and time.monotonic() - begin > _SLICE:
+            if self._n_left and time.monotonic() - begin > _SLICE:
                 return
             try:
-                item = next(self._source)
-            except StopIteration:
-                self._source = None
+                item = self._source.get(_PATIENCE if self._n_left or self._ready else None)
+            except Empty:
                 return
             except Exception as error:
-                self._stop(wait=True)
+                self._stop()
                 self._error = error
+                return
+            if item is _End:
+                self._source.close()
+                self._source = None
                 return
             self._submit(item)
 
@@ -232,27 +260,30 @@ class GenerateIterator(Iterator[Sample]):
         except Exception as problem:
             error = problem
         if error is None:
-            made["tag"] = next(self._tags)
+            number = made["tag"] = next(self._tags)
             if request.copy is not None:
-                made["first_copy"] = request.copy
+                made["first_copy"] = operator.index(request.copy)
             elif seed is not None:  # somebody chose the seed: equal requests must differ
                 key = hashlib.blake2b(made["ids"].tobytes() + seed.to_bytes(8, "little"), digest_size=16).digest()
                 made["first_copy"] = self._copies[key]
-            with EngineTurn(self._model) as engine:
-                try:
-                    request_id = engine.submit(made, self._session)
-                except Exception as problem:
-                    error = problem
+            n_samples = made["n_samples"]
+            running = self._running[number] = _Running(request, made["seed"], n_samples)
+            try:
+                running.id = self._session.submit(made)
+            except RuntimeError:  # not about the request
+                del self._running[number]
+                raise
+            except Exception as problem:
+                del self._running[number]
+                error = problem
         if error is not None:
             tag = request.tag if isinstance(request, Request) else None
             if isinstance(item, Mapping):
                 tag = item.get("tag")
             self._ready.append(Sample(tag=tag, error=_without_frames(error)))
             return
-        n_samples = made["n_samples"]
         if request.copy is None and seed is not None:
             self._copies[key] += n_samples
-        self._running[made["tag"]] = _Running(request, request_id, made["seed"], n_samples)
         self._n_left += n_samples
 
     def _cancel_asked(self) -> None:
@@ -260,61 +291,15 @@ class GenerateIterator(Iterator[Sample]):
             tag = self._to_cancel.popleft()
             for running in self._running.values():
                 if _equal(running.request.tag, tag):
-                    with (
-                        EngineTurn(self._model) as engine,
-                        contextlib.suppress(ValueError),
-                    ):  # all its samples have ended
-                        engine.cancel(running.id)
+                    with contextlib.suppress(ValueError):  # all its samples have ended
+                        self._session.cancel(running.id)
 
-    def _collect(self, seconds: float = _SLICE) -> None:
-        with EngineTurn(self._model) as engine:
-            self._receive(engine.collect(self._session, seconds))
-
-    def _receive(self, results: list[_core.Result]) -> None:
-        for result in results:
-            running = self._running[result["tag"]]
-            running.n_left -= 1
-            self._n_left -= 1
-            if not running.n_left:
-                del self._running[result["tag"]]
-            self._ready.append(_sample(result, running))
-
-    def _stop(self, wait: bool = False) -> None:
-        """Keeps what has ended for the next reads and ends the rest.
-
-        If the model's turn is not free and this may not wait for it, then later, and what has not been read is lost.
-        """
-        self._source = None
-        if not self._running:
-            return
-        engine = self._model._take_turn(wait=wait)
-        if engine is None or self._model._turns.depth > 1:
-            self._model._abandoned.append(self._session)
-        else:
-            self._receive(engine.collect(self._session, 0))
-            engine.abandon(self._session)
-        if engine is not None:
-            self._model._turns.release()
-        self._running.clear()
-        self._n_left = 0
-
-
-class EngineTurn:
-    """`with EngineTurn(model) as engine`: the model's engine for this thread alone."""
-
-    def __init__(self, model: _Model) -> None:
-        self._model = model
-
-    def __enter__(self) -> _core.Engine:
-        engine = self._model._take_turn()
-        assert engine is not None  # it waited
-        if self._model._turns.depth > 1:
-            self._model._turns.release()
-            raise RuntimeError("the model is in use by a call that this one was made from")
-        return engine
-
-    def __exit__(self, *_: object) -> None:
-        self._model._turns.release()
+    def _stop(self, forget: bool = False) -> None:
+        """Ends what runs. What has ended is kept for the next reads, unless `forget`."""
+        self._session.stop(forget=forget)
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
 
 
 def _as_request(item: Any) -> Request:

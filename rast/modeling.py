@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rast import _core
-from rast.batching import EngineTurn, GenerateIterator, Request, Turns
+from rast.batching import GenerateIterator, Request
 from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
 from rast.inputs import Ids, Mask, Prompts, read_prompts
 from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
@@ -129,9 +129,7 @@ class RastForCausalLM:
             "max_seqs": max_batch_size or 0,
         }
         self._engine: _core.Engine | None = None
-        self._turns = Turns()
-        self._sessions = itertools.count(1)  # numbers of iterators, by which the engine knows whose requests are whose
-        self._abandoned: list[int] = []  # sessions whose iterator died
+        self._making_engine = threading.RLock()
         self._process = os.getpid()
         self._can_stop_at_strings = agreed.pieces is not None
         self.tokenizer = nets[0].loaded.tokenizer
@@ -335,11 +333,8 @@ class RastForCausalLM:
         the ones that keep a prefix. `steps`; `rows`: tokens computed, each model counted; `reused`: tokens the base did
         not compute again; `preempted`: times that a sequence had to make room; `evicted`: kept blocks given up.
         """
-        engine = self._take_turn()
-        try:
-            return dict(engine.info())
-        finally:
-            self._turns.release()
+        info: Mapping[str, Any] = self._shared_engine().info()
+        return dict(info)
 
     def __repr__(self) -> str:
         info = self.info()
@@ -428,7 +423,10 @@ class RastForCausalLM:
         opts = self._options(options, generation_config)
         if opts.return_dict_in_generate:
             raise ValueError("stream() yields token ids only: return_dict_in_generate does not apply")
-        return self._steps(self._requests(prompts, opts, want=0), opts.num_return_sequences)
+        session = _core.Session(self._shared_engine())
+        for request in self._requests(prompts, opts, want=0):
+            session.submit(request)
+        return self._steps(session, len(prompts), opts.num_return_sequences)
 
     def generate_iter(
         self, requests: Iterable[Request | Mapping[str, Any]], *, generation_config: Any = None, **options: Any
@@ -648,9 +646,6 @@ class RastForCausalLM:
         ]
         return [dict(result["prompt"] or {}) for result in self._run(requests)]
 
-    def _new_engine(self) -> _core.Engine:
-        return _core.Engine(self._core_model, **self._budget)
-
     def _check_process(self) -> None:
         """A lock that another thread held during fork() would never open in the child."""
         if os.getpid() != self._process:
@@ -661,51 +656,35 @@ class RastForCausalLM:
     def __reduce__(self) -> Any:
         raise TypeError("a model cannot be pickled or copied: call from_pretrained again where it is needed")
 
-    def _take_turn(self, wait: bool = True) -> Any:
-        """The engine that calls share, for this thread until `_turns.release()`; None if that would take waiting."""
+    def _shared_engine(self) -> _core.Engine:
+        """The engine of all calls. They wait for each other inside it."""
         self._check_process()
-        if not self._turns.acquire(wait):
-            return None
-        try:
+        with self._making_engine:
             if self._engine is None:
-                self._engine = self._new_engine()
-            while self._abandoned and self._turns.depth == 1:
-                self._engine.abandon(self._abandoned.pop())
-        except BaseException:
-            self._turns.release()
-            raise
-        return self._engine
+                self._engine = _core.Engine(self._core_model, **self._budget)
+            return self._engine
 
     def _run(self, requests: list[_core.Request], on_tokens: _core.OnTokens | None = None) -> list[_core.Result]:
-        engine = self._take_turn()
-        try:
-            results: list[_core.Result] = engine.run(requests, on_tokens)
-        finally:
-            self._turns.release()
+        results = self._shared_engine().run(requests, on_tokens)
         for result in results:
             _raise_error(result, len(requests))
         return results
 
-    def _steps(self, requests: list[_core.Request], n_samples: int) -> Iterator[Any]:
+    def _steps(self, session: _core.Session, n_prompts: int, n_samples: int) -> Iterator[Any]:
         """The loop of `stream`; other calls can run in between."""
-        session, n_left = next(self._sessions), len(requests) * n_samples
+        n_left = n_prompts * n_samples
         one = n_left == 1
         try:
-            with EngineTurn(self) as engine:
-                for request in requests:
-                    engine.submit(request, session)
             while n_left:
-                with EngineTurn(self) as engine:
-                    results = engine.step(session)
-                for result in results:
-                    _raise_error(result, len(requests))
+                self._check_process()
+                for result in session.step():
+                    _raise_error(result, n_prompts)
                     n_left -= result["finish"] != ""
                     if len(result["tokens"]):
                         ids = result["tokens"].astype(np.int64)
                         yield ids if one else (result["tag"] * n_samples + result["sample"], ids)
         finally:
-            if n_left:  # garbage collection may have brought us here, so nothing may wait: the next turn does the work
-                self._abandoned.append(session)
+            session.stop(forget=True)
 
 
 def _listener(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +24,6 @@ from test_binding import VOCAB, make_net, make_request
 
 import rast
 from rast import _core
-from rast.batching import Turns
 
 # ---- the core: rows and blocks ---------------------------------------------------------------------------------------
 
@@ -144,14 +145,15 @@ def test_the_first_never_gives_way(one_net: _core.Model) -> None:
 
 def test_waiting_samples_can_be_cancelled(one_net: _core.Model) -> None:
     engine = new_engine(one_net, n_blocks=4, max_seqs=2)
-    first = engine.submit(request(ids_of(0, 20), max_new=50, n_samples=300, tag=1), 1)
-    engine.submit(request(ids_of(1, 20), max_new=3, tag=2), 1)
+    session = _core.Session(engine)
+    first = session.submit(request(ids_of(0, 20), max_new=50, n_samples=300, tag=1))
+    session.submit(request(ids_of(1, 20), max_new=3, tag=2))
     for _ in range(3):
-        engine.step(1)
-    engine.cancel(first)
-    results = engine.step(1)
+        session.step()
+    session.cancel(first)
+    results = session.step()
     assert sorted(r["sample"] for r in results if r["finish"] == "cancelled") == list(range(300))
-    finish = [r["finish"] for _ in range(4) for r in engine.step(1)]
+    finish = [r["finish"] for _ in range(4) for r in session.step()]
     assert finish[-1] == "length" and not engine.busy
     assert engine.info()["n_free"] == engine.info()["n_blocks"]
 
@@ -175,20 +177,20 @@ def test_a_deadline_ends_requests_that_have_not_begun(one_net: _core.Model) -> N
 def test_sessions_share_an_engine(one_net: _core.Model) -> None:
     engine = new_engine(one_net)
     good = [r["tokens"].tolist() for r in engine.run([request(ids_of(i, 9), max_new=30, seed=i) for i in range(3)])]
-    engine.submit(request(ids_of(0, 9), max_new=30, seed=0, tag=5), 1)
-    engine.submit(request(ids_of(1, 9), max_new=30, seed=1, tag=6), 2)
+    first, second = _core.Session(engine), _core.Session(engine)
+    first.submit(request(ids_of(0, 9), max_new=30, seed=0, tag=5))
+    second.submit(request(ids_of(1, 9), max_new=30, seed=1, tag=6))
     (own,) = engine.run([request(ids_of(2, 9), max_new=30, seed=2)])  # takes the others along
     assert own["tokens"].tolist() == good[2]
-    (one,) = engine.collect(1, 10.0)
-    assert (one["tag"], one["tokens"].tolist()) == (5, good[0])
-    assert engine.collect(1, 10.0) == []
-    engine.submit(request(ids_of(2, 9), max_new=10_000), 1)
-    engine.abandon(1)
-    assert engine.collect(1, 10.0) == []
-    (two,) = engine.collect(2, 10.0)
-    assert (two["tag"], two["tokens"].tolist()) == (6, good[1])
-    with pytest.raises(ValueError, match="session"):
-        engine.submit(request([1]), 0)
+    got: list[Any] = []
+    assert first.collect(10.0, got.append) == 0
+    assert [(one["tag"], one["tokens"].tolist()) for one in got] == [(5, good[0])]
+    assert first.collect(10.0, got.append) == 0 and len(got) == 1
+    first.submit(request(ids_of(2, 9), max_new=10_000))
+    first.step()
+    del first
+    assert second.collect(10.0, got.append) == 0
+    assert [(two["tag"], two["tokens"].tolist()) for two in got[1:]] == [(6, good[1])]
     assert engine.info()["n_free"] == engine.info()["n_blocks"]
 
 
@@ -548,6 +550,67 @@ def test_interrupt(trio: tuple[Path, ...]) -> None:
     np.testing.assert_array_equal(model.generate([7], seed=0, **OPTIONS), want)
 
 
+INTERRUPTS = """
+import random, signal, sys, threading, time
+import numpy as np, rast
+
+model = rast.load_demo(num_threads=1)
+prompt, call, seconds, rng = np.arange(3, 23), sys.argv[1], float(sys.argv[2]), random.Random(0)
+
+def requests():
+    for i in range(300):
+        yield {"input_ids": prompt, "tag": i}
+
+def work():
+    if call == "list":
+        yield from model.generate_iter(list(requests()), max_new_tokens=1)
+    elif call == "generator":
+        yield from model.generate_iter(requests(), max_new_tokens=1)
+    for _ in range(300):
+        if call == "stream":
+            yield from model.stream(prompt, max_new_tokens=2)
+        if call == "generate":
+            yield model.generate(prompt, max_new_tokens=1)
+
+for _ in work():
+    break
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # a clock of our own presses Ctrl-C
+n = n_leaks = n_other = 0
+end = time.monotonic() + seconds
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 5e-3))
+        for _ in work():
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        n += 1
+    except Exception as error:
+        print(repr(error))
+        n_other += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    info = model.cache_info()
+    n_leaks += info["n_free"] != info["n_blocks"]
+thread = threading.Thread(target=lambda: print("works", model.generate(prompt, max_new_tokens=2).shape), daemon=True)
+thread.start()
+thread.join(10)
+print(n, n_leaks, n_other, flush=True)
+"""
+
+
+@pytest.mark.parametrize("call", ["list", "generator", "stream", "generate"])
+def test_interrupts_at_any_moment(call: str) -> None:
+    """The model is never left in use, no block stays taken, and nothing but KeyboardInterrupt comes out."""
+    arguments = [sys.executable, "-c", INTERRUPTS, call, "30" if FULL else "1.5"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *before, works, last = done.stdout.splitlines()
+    assert not before and works == "works (1, 22)", done.stdout
+    n, n_leaks, n_other = map(int, last.split())
+    assert n > 100 and n_leaks == 0 and n_other == 0
+    assert done.stderr == ""
+
+
 def test_two_threads(model: rast.RastForCausalLM, roomy: rast.RastForCausalLM) -> None:
     prompts = random_prompts(12, 311, seed=5, low=1, high=60)
     want = [roomy.generate(p, seed=i, **OPTIONS)[0, len(p) :] for i, p in enumerate(prompts)]
@@ -604,39 +667,6 @@ def test_reading_from_inside(model: rast.RastForCausalLM) -> None:
     with pytest.raises(RuntimeError, match="in use"):
         model.generate([1, 2], max_new_tokens=4, streamer=Streamer())
     assert_idle(model)
-
-
-def test_turns_come_in_order() -> None:
-    turns = Turns()
-    order: list[int] = []
-
-    def work(i: int) -> None:
-        with turns:
-            order.append(i)
-
-    with turns:
-        with turns:  # again
-            assert turns.depth == 2
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
-        for i, thread in enumerate(threads):
-            thread.start()
-            while len(turns._queue) <= i:
-                pass
-        assert order == []
-    for thread in threads:
-        thread.join(10)
-    assert order == list(range(5))
-    assert turns.acquire(wait=False)
-    taken = []
-    thread = threading.Thread(target=lambda: taken.append(turns.acquire(wait=False)))
-    thread.start()
-    thread.join()
-    assert taken == [False]
-    threading.Thread(target=turns.acquire, daemon=True).start()
-    turns.release()  # the daemon thread has it now, for ever
-    with alarm(0.05), pytest.raises(KeyboardInterrupt):
-        turns.acquire()
-    assert not turns._queue
 
 
 def test_soak(zoo: ModelZoo) -> None:

@@ -172,11 +172,12 @@ def test_results_come_in_order(engine: _core.Engine) -> None:
 def test_steps_give_what_run_gives(engine: _core.Engine) -> None:
     want = EVERYTHING & ~_core.WANT_PROMPT
     (whole,) = engine.run([make_request(want=want)])
-    engine.submit(make_request(want=want, tag=7), 1)
+    session = _core.Session(engine)
+    session.submit(make_request(want=want, tag=7))
     parts = []
     while engine.busy:
-        parts += engine.step(1)
-    assert engine.step(1) == []
+        parts += session.step()
+    assert session.step() == []
     assert {part["tag"] for part in parts} == {7}
     assert [part["finish"] for part in parts if part["finish"]] == ["length"]
     for name in ("tokens", "logprob", "kl", "logits", "scores", "parts"):
@@ -185,15 +186,18 @@ def test_steps_give_what_run_gives(engine: _core.Engine) -> None:
 
 
 def test_cancel(engine: _core.Engine) -> None:
-    id = engine.submit(make_request(max_new=1000), 1)
-    engine.step(1)
-    engine.cancel(id)
+    session = _core.Session(engine)
+    id = session.submit(make_request(max_new=1000))
+    session.step()
+    with pytest.raises(ValueError, match="id"):
+        _core.Session(engine).cancel(id)  # another's
+    session.cancel(id)
     finishes = []
     while engine.busy:
-        finishes += [part["finish"] for part in engine.step(1)]
+        finishes += [part["finish"] for part in session.step()]
     assert finishes[-1] == "cancelled"
     with pytest.raises(ValueError, match="id"):
-        engine.cancel(id + 1000)
+        session.cancel(id + 1000)
 
 
 def test_on_tokens_sees_every_token(engine: _core.Engine) -> None:
@@ -527,44 +531,134 @@ def test_interrupt_leaves_the_engine_usable(engine: _core.Engine, on_tokens: Any
     assert tokens(engine) == good
 
 
-def test_one_call_at_a_time(engine: _core.Engine, model: _core.Model) -> None:
-    others = [_core.Engine(model, kv_bytes=1 << 22)]
-    refused: list[str] = []
+def test_no_call_inside_another(engine: _core.Engine, model: _core.Model) -> None:
+    other = _core.Engine(model, kv_bytes=1 << 22)
+    session = _core.Session(engine)
+    calls = (lambda: engine.run([]), session.step, lambda: session.submit(make_request()), lambda: other.run([]))
+    n_refused = 0
 
     def on_tokens(*_: Any) -> None:
-        for call in (lambda: engine.run([]), lambda: engine.step(1), lambda: engine.info(), lambda: engine.busy):
+        nonlocal n_refused
+        for call in calls:
             with pytest.raises(RuntimeError, match="in use"):
                 call()
-            refused.append("engine")
-        with pytest.raises(RuntimeError, match="in use"):
-            others[0].run([])
-        refused.append("other")
+            n_refused += 1
+        info = engine.info()  # this is allowed
+        assert engine.busy == (n_refused == len(calls)) == (info["n_free"] < info["n_blocks"])
 
-    engine.run([make_request(max_new=1)], on_tokens)
-    assert refused == ["engine"] * 4 + ["other"]
+    engine.run([make_request(max_new=2)], on_tokens)
+    assert n_refused == 2 * len(calls)
+    assert not engine.busy
 
-    started = threading.Event()
-    stop = threading.Event()
 
-    def until_stopped(*_: Any) -> None:
-        started.set()
-        if stop.is_set():
-            raise StopIteration
+class Hold:
+    """Runs a request in a thread until told to stop: the model is in use meanwhile."""
 
-    def work() -> None:
-        with pytest.raises(StopIteration):
-            engine.run([make_request(max_new=100_000)], until_stopped)
+    def __init__(self, engine: _core.Engine) -> None:
+        started, self.stop = threading.Event(), threading.Event()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    started.wait()
-    with pytest.raises(RuntimeError, match="in use"):
-        engine.run([make_request()])
-    others.clear()  # an engine may die while its model is busy
-    gc.collect()
-    stop.set()
-    thread.join()
+        def on_tokens(*_: Any) -> None:
+            started.set()
+            if self.stop.is_set():
+                raise StopIteration
+
+        def work() -> None:
+            with pytest.raises(StopIteration):
+                engine.run([make_request(max_new=100_000)], on_tokens)
+
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+        started.wait()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def test_calls_come_in_order_of_arrival(engine: _core.Engine, model: _core.Model) -> None:
+    others = [_core.Engine(model, kv_bytes=1 << 22)]
+    order: list[int] = []
+
+    def work(i: int) -> None:
+        assert len(tokens(engine)) == 8
+        order.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
+    with Hold(engine):
+        for thread in threads:
+            thread.start()
+            time.sleep(0.03)
+        others.clear()  # an engine may die while its model is busy
+        gc.collect()
+        assert order == []
+    for thread in threads:
+        thread.join(20)
+    assert order == list(range(5))
+
+
+def test_waiting_can_be_interrupted(engine: _core.Engine) -> None:
+    with Hold(engine):
+        for call in (lambda: engine.run([]), engine.info, _core.Session(engine).step):
+            with alarm(0.05), pytest.raises(KeyboardInterrupt):
+                call()
     assert len(tokens(engine)) == 8
+
+
+def test_a_session_ends_with_its_object(engine: _core.Engine) -> None:
+    """Between two steps, without a step of its own, whoever is using the model."""
+
+    def n_held() -> int:
+        info = engine.info()
+        return info["n_blocks"] - info["n_free"]
+
+    session = _core.Session(engine)
+    for _ in range(3):
+        session.submit(make_request(max_new=1000, n_samples=3))
+    session.step()
+    steps = engine.info()["steps"]
+    assert n_held() > 0
+    del session
+    assert n_held() == 0 and not engine.busy and engine.info()["steps"] == steps
+
+    session = _core.Session(engine)
+    session.submit(make_request(max_new=1))
+    session.submit(make_request(max_new=1000, tag=1))
+    engine.run([make_request()])  # takes them along
+    session.stop()
+    results: list[Any] = []
+    assert session.collect(1.0, results.append) == 0  # what had ended is kept
+    assert n_held() == 0 and [r["finish"] for r in results] == ["length"]
+
+    session.submit(make_request(max_new=1000))
+    session.step()
+    stopped = False
+
+    def on_tokens(*_: Any) -> None:
+        nonlocal session, stopped
+        if not stopped:
+            stopped = True
+            before = n_held()
+            session.stop()
+            del session  # while it waits to be stopped
+            assert n_held() == before
+            session = _core.Session(engine)
+
+    engine.run([make_request(max_new=2)], on_tokens)
+    assert stopped and n_held() == 0 and not engine.busy
+
+
+def test_a_session_is_for_one_block_at_a_time(engine: _core.Engine) -> None:
+    session = _core.Session(engine)
+    with session:
+        with pytest.raises(RuntimeError, match="being read"), session:
+            pass
+        with pytest.raises(RuntimeError, match="being read"), session:
+            pass
+    with session:
+        session.step()
 
 
 def test_gil_is_free_while_it_runs(engine: _core.Engine) -> None:
@@ -639,8 +733,11 @@ def test_memory_stays_flat(engine: _core.Engine) -> None:
         with pytest.raises(TypeError):
             _core.Model([make_net(0), make_net(1, name=3)])
         own = _core.Engine(_core.Model([make_net(0)], num_threads=1), kv_bytes=1 << 20)
-        own.submit(make_request(coef=np.ones(1, np.float32)), 1)
-        own.step(1)
+        session = _core.Session(own)
+        session.submit(make_request(coef=np.ones(1, np.float32)))
+        session.step()
+        with pytest.raises(ValueError, match=r".+"):
+            session.submit(make_request(coef=np.ones(1, np.float32), top_k=-1))
 
     for _ in range(20):
         once()

@@ -147,8 +147,9 @@ def test_a_prompt_is_evaluated_once(model: _core.Model) -> None:
 def test_drafts_leave_rows_for_the_others(model: _core.Model) -> None:
     engine = _core.Engine(model, max_rows=8, max_seqs=4)
     engine._set_drafter(lambda tag, sample, ids, k: [0] * k)
-    engine.submit(make_request(max_new=100, n_draft=8, tag=0), 1)
-    engine.step(1)
-    engine.submit(make_request(max_new=4, tag=1), 1)
-    seen = [result["tag"] for _ in range(20) for result in engine.step(1)]
+    session = _core.Session(engine)
+    session.submit(make_request(max_new=100, n_draft=8, tag=0))
+    session.step()
+    session.submit(make_request(max_new=4, tag=1))
+    seen = [result["tag"] for _ in range(20) for result in session.step()]
     assert 1 in seen

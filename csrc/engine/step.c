@@ -69,6 +69,28 @@ static int end_unmade(rast_engine *e, double now, rast_error *err) {
     return RAST_OK;
 }
 
+static size_t drop_samples(rast_engine *e, rast_sample **list, size_t n, const rast_job *job) {
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (list[i]->job == job)
+            rast_end_sample(e, list[i]);
+        else
+            list[kept++] = list[i];
+    }
+    return kept;
+}
+
+void rast_engine_discard(rast_engine *e, uint64_t id) {
+    rast_job *job = e->first_job;
+    while (job && job->id != id) job = job->after;
+    if (!job) return;
+    const uint32_t n_unmade = job->n_samples - job->n_made;
+    job->n_made = job->n_samples;
+    e->n_running = drop_samples(e, e->running, e->n_running, job);
+    e->n_parked = drop_samples(e, e->parked, e->n_parked, job);
+    if (n_unmade) rast_end_samples(e, job, n_unmade); /* so the job lived until here */
+}
+
 /* ---- results ------------------------------------------------------------------------------------------------------- */
 
 /* Outputs [from, from + n) of the sample, all of its prompt's or all of its draws, as a chunk. */

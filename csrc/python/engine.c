@@ -1,4 +1,4 @@
-/* engine.c: _core.Engine: runs requests on a model, without the GIL while it steps. */
+/* engine.c: _core.Engine runs requests on a model, without the GIL while it steps; _core.Session is for those of one caller. */
 #include <string.h>
 #include <time.h>
 
@@ -13,9 +13,18 @@ typedef struct {
     PyObject ob_base;
     py_model *model;
     py_handle *handle;
-    PyObject *drafter; /* or NULL */
-    py_gather gather;  /* what run() and submit() asked for */
+    PyObject *drafter;   /* or NULL */
+    py_gather gather;    /* what run() and sessions asked for */
+    uint64_t n_sessions; /* opened so far: the number of the last */
 } py_engine;
+
+typedef struct {
+    PyObject ob_base;
+    py_engine *engine;
+    uint64_t number;
+    int entered;         /* a `with` block has it */
+    py_leaving *leaving; /* how it ends, which may be later than this object */
+} py_session;
 
 static const py_state *state_of(py_engine *self) { return PyType_GetModuleState(Py_TYPE(self)); }
 
@@ -27,7 +36,7 @@ static double seconds(void) {
 
 /* ---- requests whose samples are gathered --------------------------------------------------------------------------- */
 
-enum { RUN_SESSION = 0 }; /* of run(); submit() has others */
+enum { RUN_SESSION = 0 }; /* of run(); others count from 1 */
 
 /* Queues a request for a session. Returns its group, or NULL with an exception set. */
 static py_group *submit(py_engine *self, PyObject *dict, uint64_t session) {
@@ -45,7 +54,7 @@ static py_group *submit(py_engine *self, PyObject *dict, uint64_t session) {
                 group->id = id;
             else
                 PyErr_NoMemory();
-            if (!group) rast_engine_cancel(self->handle->engine, id); /* its chunks are nobody's */
+            if (!group) rast_engine_discard(self->handle->engine, id);
         }
     }
     py_request_free(&from);
@@ -75,20 +84,15 @@ static int advance(py_engine *self, uint64_t session, size_t most, double interv
     return rc;
 }
 
-/* Ends all that the session has; other sessions go on. */
-static void abandon(py_engine *self, uint64_t session) {
-    const rast_chunk *chunks;
-    size_t n, n_ended = 0, n_left = 0;
+void py_engine_leave(PyObject *object, uint64_t session, int forget) {
+    py_engine *self = (py_engine *)object;
     for (py_group *group = self->gather.first; group; group = group->next)
-        if (group->session == session && group->n_ended < group->n) {
-            n_left += group->n - group->n_ended;
-            rast_engine_cancel(self->handle->engine, group->id);
-        }
-    Py_BEGIN_ALLOW_THREADS
-    for (int failures = 0; n_ended < n_left && failures < 2;) /* an interrupt is reported once */
-        failures += step_once(self, session, &chunks, &n, &n_ended, NULL) != RAST_OK;
-    Py_END_ALLOW_THREADS
-    py_gather_close(&self->gather, session);
+        if (group->session == session && group->n_ended < group->n)
+            rast_engine_discard(self->handle->engine, group->id);
+    if (forget)
+        py_gather_close(&self->gather, session);
+    else
+        py_gather_stop(&self->gather, session);
 }
 
 /* ---- run --------------------------------------------------------------------------------------------------------- */
@@ -129,6 +133,7 @@ static int run_steps(py_engine *self, size_t n_samples, PyObject *on_tokens) {
         }
         if (on_tokens && report(self, on_tokens, chunks, n)) return -1;
         if (PyErr_CheckSignals()) return -1;
+        py_model_settle(self->model);
     }
     return 0;
 }
@@ -157,7 +162,7 @@ static PyObject *engine_run(PyObject *object, PyObject *positional, PyObject *na
         results = PyList_New(0);
         if (results && py_gather_take(&self->gather, RUN_SESSION, 0, results, state_of(self))) Py_CLEAR(results);
     }
-    if (!results) abandon(self, RUN_SESSION);
+    if (!results) py_engine_leave((PyObject *)self, RUN_SESSION, 1);
     py_model_release(self->model);
 
 done:
@@ -167,75 +172,89 @@ done:
 
 /* ---- sessions ---------------------------------------------------------------------------------------------------- */
 
-static int read_session(PyObject *value, const char *call, uint64_t *session) {
-    if (py_read(value, PY_U64, call, "session", session)) return -1;
-    if (*session != RUN_SESSION) return 0;
-    PyErr_Format(PyExc_ValueError, "%s: a session's number is not 0", call);
-    return -1;
-}
+static const py_state *session_state(py_session *self) { return state_of(self->engine); }
 
-static PyObject *engine_submit(PyObject *object, PyObject *positional) {
-    py_engine *self = (py_engine *)object;
-    PyObject *dict, *number;
-    uint64_t session;
-    if (!PyArg_ParseTuple(positional, "OO:submit", &dict, &number) || read_session(number, "submit", &session) ||
-        py_model_claim(self->model))
-        return NULL;
-    const py_group *group = submit(self, dict, session);
+static PyObject *session_submit(PyObject *object, PyObject *dict) {
+    py_session *self = (py_session *)object;
+    if (py_model_claim(self->engine->model)) return NULL;
+    const py_group *group = submit(self->engine, dict, self->number);
     PyObject *id = group ? PyLong_FromUnsignedLongLong(group->id) : NULL;
-    py_model_release(self->model);
+    py_model_release(self->engine->model);
     return id;
 }
 
-static PyObject *engine_collect(PyObject *object, PyObject *positional) {
-    py_engine *self = (py_engine *)object;
-    PyObject *number;
-    uint64_t session;
-    double limit;
-    if (!PyArg_ParseTuple(positional, "Od:collect", &number, &limit) || read_session(number, "collect", &session) ||
-        py_model_claim(self->model))
-        return NULL;
-    size_t n_ready = py_gather_ready(&self->gather, session, 0), n_left = 0;
-    for (const py_group *group = self->gather.first; group; group = group->next)
-        if (group->session == session) n_left += group->n - group->n_ended;
+/* Appends what has ended; the samples that have not, or -1 with an exception set. */
+static Py_ssize_t hand_over(py_session *self, PyObject *append) {
     PyObject *list = PyList_New(0);
+    int rc = list ? py_gather_take(&self->engine->gather, self->number, 0, list, session_state(self)) : -1;
+    for (Py_ssize_t i = 0; !rc && i < PyList_GET_SIZE(list); i++) {
+        PyObject *none = PyObject_CallOneArg(append, PyList_GET_ITEM(list, i));
+        rc = none ? 0 : -1;
+        Py_XDECREF(none);
+    }
+    Py_XDECREF(list);
+    return rc ? -1 : (Py_ssize_t)py_gather_left(&self->engine->gather, self->number);
+}
+
+static PyObject *session_collect(PyObject *object, PyObject *positional) {
+    py_session *self = (py_session *)object;
+    py_engine *engine = self->engine;
+    PyObject *append;
+    double limit;
+    if (!PyArg_ParseTuple(positional, "dO:collect", &limit, &append) || py_model_claim(engine->model)) return NULL;
+    size_t n_ready = py_gather_ready(&engine->gather, self->number, 0);
+    const size_t n_left = py_gather_left(&engine->gather, self->number);
     const double until = seconds() + limit;
     int rc = 0;
-    while (list && !rc && !n_ready && n_left && seconds() < until) {
+    while (!rc && !n_ready && n_left && seconds() < until) {
         const rast_chunk *chunks;
         size_t n;
         rast_error err = {0};
         const double left = until - seconds(), interval = left < SIGNAL_INTERVAL ? left : SIGNAL_INTERVAL;
         Py_BEGIN_ALLOW_THREADS
-        rc = advance(self, session, 1, interval, &chunks, &n, &n_ready, &err);
+        rc = advance(engine, self->number, 1, interval, &chunks, &n, &n_ready, &err);
         Py_END_ALLOW_THREADS
         if (PyErr_Occurred())
             rc = -1; /* the drafter's */
         else if (rc)
-            py_raise(state_of(self), &err);
+            py_raise(session_state(self), &err);
         else
             rc = PyErr_CheckSignals();
+        py_model_settle(engine->model);
     }
-    if (list && (rc || py_gather_take(&self->gather, session, 0, list, state_of(self)))) Py_CLEAR(list);
-    py_model_release(self->model);
+    const Py_ssize_t n_running = rc ? -1 : hand_over(self, append);
+    py_model_release(engine->model);
+    return n_running < 0 ? NULL : PyLong_FromSsize_t(n_running);
+}
+
+static PyObject *session_step(PyObject *object, PyObject *unused) {
+    (void)unused;
+    py_session *self = (py_session *)object;
+    py_engine *engine = self->engine;
+    const rast_chunk *chunks = NULL;
+    size_t n = 0, n_ended = 0;
+    rast_error err = {0};
+    int rc = 0;
+    if (py_model_claim(engine->model)) return NULL;
+    if (!py_gather_ready(&engine->gather, self->number, 1)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = step_once(engine, self->number, &chunks, &n, &n_ended, &err);
+        Py_END_ALLOW_THREADS
+    }
+    if (rc && !PyErr_Occurred()) py_raise(session_state(self), &err);
+    PyObject *list = PyErr_Occurred() ? NULL : PyList_New(0);
+    if (list && py_gather_take(&engine->gather, self->number, 1, list, session_state(self))) Py_CLEAR(list);
+    py_model_release(engine->model);
     return list;
 }
 
-static PyObject *engine_abandon(PyObject *object, PyObject *number) {
-    py_engine *self = (py_engine *)object;
-    uint64_t session;
-    if (read_session(number, "abandon", &session) || py_model_claim(self->model)) return NULL;
-    abandon(self, session);
-    py_model_release(self->model);
-    Py_RETURN_NONE;
-}
-
-static PyObject *engine_cancel(PyObject *object, PyObject *value) {
-    py_engine *self = (py_engine *)object;
+static PyObject *session_cancel(PyObject *object, PyObject *value) {
+    py_session *self = (py_session *)object;
     uint64_t id;
-    if (py_read(value, PY_U64, "cancel", "id", &id) || py_model_claim(self->model)) return NULL;
-    int rc = rast_engine_cancel(self->handle->engine, id);
-    py_model_release(self->model);
+    if (py_read(value, PY_U64, "cancel", "id", &id) || py_model_claim(self->engine->model)) return NULL;
+    const py_group *group = py_gather_find(&self->engine->gather, id);
+    const int rc = group && group->session == self->number ? rast_engine_cancel(self->engine->handle->engine, id) : -1;
+    py_model_release(self->engine->model);
     if (rc) {
         PyErr_Format(PyExc_ValueError, "cancel: no request has the id %llu", (unsigned long long)id);
         return NULL;
@@ -243,32 +262,112 @@ static PyObject *engine_cancel(PyObject *object, PyObject *value) {
     Py_RETURN_NONE;
 }
 
-static PyObject *engine_step(PyObject *object, PyObject *number) {
-    py_engine *self = (py_engine *)object;
-    const rast_chunk *chunks = NULL;
-    uint64_t session;
-    size_t n = 0, n_ended = 0;
-    rast_error err = {0};
-    int rc = 0;
-    if (read_session(number, "step", &session) || py_model_claim(self->model)) return NULL;
-    if (!py_gather_ready(&self->gather, session, 1)) {
-        Py_BEGIN_ALLOW_THREADS
-        rc = step_once(self, session, &chunks, &n, &n_ended, &err);
-        Py_END_ALLOW_THREADS
-    }
-    if (rc && !PyErr_Occurred()) py_raise(state_of(self), &err);
-    PyObject *list = PyErr_Occurred() ? NULL : PyList_New(0);
-    if (list && py_gather_take(&self->gather, session, 1, list, state_of(self))) Py_CLEAR(list);
-    py_model_release(self->model);
-    return list;
+static PyObject *session_stop(PyObject *object, PyObject *positional, PyObject *named) {
+    static char *keywords[] = {"forget", NULL};
+    py_session *self = (py_session *)object;
+    int forget = 0;
+    if (!PyArg_ParseTupleAndKeywords(positional, named, "|$p:stop", keywords, &forget)) return NULL;
+    self->leaving->forget |= forget;
+    py_model_leave(self->engine->model, self->leaving);
+    Py_RETURN_NONE;
 }
+
+static PyObject *session_enter(PyObject *object, PyObject *unused) {
+    (void)unused;
+    py_session *self = (py_session *)object;
+    if (self->entered) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "this iterator is being read already, by another thread or by its own source");
+        return NULL;
+    }
+    self->entered = 1;
+    return Py_NewRef(object);
+}
+
+static PyObject *session_exit(PyObject *object, PyObject *unused) {
+    (void)unused;
+    ((py_session *)object)->entered = 0;
+    Py_RETURN_NONE;
+}
+
+static PyObject *session_new(PyTypeObject *type, PyObject *positional, PyObject *named) {
+    static char *keywords[] = {"engine", NULL};
+    const py_state *state = PyType_GetModuleState(type);
+    PyObject *engine;
+    if (!PyArg_ParseTupleAndKeywords(positional, named, "O!:Session", keywords, state->engine_type, &engine))
+        return NULL;
+    py_session *self = (py_session *)type->tp_alloc(type, 0);
+    if (!self) return NULL;
+    self->leaving = PyMem_Calloc(1, sizeof *self->leaving);
+    if (!self->leaving) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    self->engine = (py_engine *)Py_NewRef(engine);
+    self->number = ++self->engine->n_sessions;
+    *self->leaving = (py_leaving){.engine = Py_NewRef(engine), .session = self->number};
+    return (PyObject *)self;
+}
+
+/* There is no tp_clear: a session needs its engine to the end, and a cycle can only go through the engine's drafter. */
+static int session_traverse(PyObject *object, visitproc visit, void *arg) {
+    py_session *self = (py_session *)object;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->engine);
+    if (self->leaving) Py_VISIT(self->leaving->engine);
+    return 0;
+}
+
+static void session_dealloc(PyObject *object) {
+    py_session *self = (py_session *)object;
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (self->engine) {
+        self->leaving->forget = self->leaving->dead = 1;
+        py_model_leave(self->engine->model, self->leaving);
+    }
+    Py_XDECREF(self->engine);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef session_methods[] = {
+    {"submit", session_submit, METH_O, "submit(request) -> id"},
+    {"collect", session_collect, METH_VARARGS, "collect(seconds, append) -> how many samples have not ended"},
+    {"step", session_step, METH_NOARGS, "step() -> what each sample got"},
+    {"cancel", session_cancel, METH_O, "cancel(id): ends all samples of a request"},
+    {"stop", (PyCFunction)(void (*)(void))session_stop, METH_VARARGS | METH_KEYWORDS,
+     "stop(*, forget=False): ends all that runs, without waiting"},
+    {"__enter__", session_enter, METH_NOARGS, "Marks the session as in use; RuntimeError if it is"},
+    {"__exit__", session_exit, METH_VARARGS, "The end of that"},
+    {0},
+};
+
+static PyType_Slot session_slots[] = {
+    {Py_tp_doc, "Session(engine)\n--\n\nThe requests of one caller, which end with it."},
+    {Py_tp_new, session_new},
+    {Py_tp_dealloc, session_dealloc},
+    {Py_tp_traverse, session_traverse},
+    {Py_tp_methods, session_methods},
+    {0, NULL},
+};
+
+PyType_Spec py_session_spec = {
+    .name = "rast._core.Session",
+    .basicsize = sizeof(py_session),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = session_slots,
+};
+
+/* ---- what it is doing -------------------------------------------------------------------------------------------- */
 
 static PyObject *engine_busy(PyObject *object, void *unused) {
     (void)unused;
     py_engine *self = (py_engine *)object;
-    if (py_model_claim(self->model)) return NULL;
+    const int mine = py_model_is_mine(self->model); /* a callback may ask */
+    if (!mine && py_model_claim(self->model)) return NULL;
     int busy = rast_engine_busy(self->handle->engine);
-    py_model_release(self->model);
+    if (!mine) py_model_release(self->model);
     return PyBool_FromLong(busy);
 }
 
@@ -276,9 +375,10 @@ static PyObject *engine_info(PyObject *object, PyObject *unused) {
     (void)unused;
     py_engine *self = (py_engine *)object;
     rast_engine_info info;
-    if (py_model_claim(self->model)) return NULL;
+    const int mine = py_model_is_mine(self->model); /* a callback may ask */
+    if (!mine && py_model_claim(self->model)) return NULL;
     rast_engine_get_info(self->handle->engine, &info);
-    py_model_release(self->model);
+    if (!mine) py_model_release(self->model);
     const struct {
         const char *name;
         unsigned long long value;
@@ -419,11 +519,6 @@ static PyGetSetDef engine_getset[] = {
 static PyMethodDef engine_methods[] = {
     {"run", (PyCFunction)(void (*)(void))engine_run, METH_VARARGS | METH_KEYWORDS,
      "run(requests, on_tokens=None) -> results, in the order of requests and samples"},
-    {"submit", engine_submit, METH_VARARGS, "submit(request, session) -> id"},
-    {"collect", engine_collect, METH_VARARGS, "collect(session, seconds) -> results of samples that have ended"},
-    {"abandon", engine_abandon, METH_O, "abandon(session): ends and forgets all that it has"},
-    {"cancel", engine_cancel, METH_O, "cancel(id): ends all samples of a request"},
-    {"step", engine_step, METH_O, "step(session) -> what each of its samples got"},
     {"info", engine_info, METH_NOARGS, "info() -> dict of the KV cache's size and of counters"},
     {"_set_drafter", engine_set_drafter, METH_O, "_set_drafter(drafter or None), for tests"},
     {0},

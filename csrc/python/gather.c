@@ -87,6 +87,32 @@ int py_gather_take(py_gather *self, uint64_t session, int partial, PyObject *lis
     return 0;
 }
 
+size_t py_gather_left(const py_gather *self, uint64_t session) {
+    size_t n = 0;
+    for (const py_group *group = self->first; group; group = group->next)
+        if (group->session == session) n += group->n - group->n_ended;
+    return n;
+}
+
+void py_gather_stop(py_gather *self, uint64_t session) {
+    py_group *before = NULL, *next;
+    for (py_group *group = self->first; group; group = next) {
+        next = group->next;
+        for (uint32_t j = 0; j < group->n && group->session == session; j++) {
+            py_sample *sample = &group->samples[j];
+            if (sample->ended) continue;
+            py_sample_free(sample);
+            sample->ended = sample->taken = 1;
+            group->n_ended++;
+            group->n_taken++;
+        }
+        if (group->n_taken == group->n)
+            remove_group(self, before, group);
+        else
+            before = group;
+    }
+}
+
 void py_gather_close(py_gather *self, uint64_t session) {
     py_group *before = NULL, *next;
     for (py_group *group = self->first; group; group = next) {

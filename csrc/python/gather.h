@@ -26,6 +26,10 @@ py_group *py_gather_add(py_gather *self, const rast_chunk *chunk);
 size_t py_gather_ready(const py_gather *self, uint64_t session, int partial);
 /* Appends their results to the list, by request and sample, and forgets what these hold. */
 int py_gather_take(py_gather *self, uint64_t session, int partial, PyObject *list, const py_state *state);
+/* Samples of the session that have not ended. */
+size_t py_gather_left(const py_gather *self, uint64_t session);
+/* Forgets those, which nobody runs any more. */
+void py_gather_stop(py_gather *self, uint64_t session);
 /* Forgets the session, whatever it has. */
 void py_gather_close(py_gather *self, uint64_t session);
 void py_gather_free(py_gather *self);

@@ -454,13 +454,52 @@ PyObject *py_quantize(PyObject *module, PyObject *args) {
 
 /* ---- one call at a time ------------------------------------------------------------------------------------------ */
 
-int py_model_claim(py_model *self) {
-    if (self->busy) {
-        PyErr_SetString(PyExc_RuntimeError, "the model is in use by another call; one at a time");
+int py_model_is_mine(const py_model *self) { return self->held && self->holder == PyThread_get_thread_ident(); }
+
+int py_model_try_claim(py_model *self) {
+    if (self->held) return 0;
+    self->held = 1;
+    self->holder = PyThread_get_thread_ident();
+    return 1;
+}
+
+/* Takes the waiter out of the queue. */
+static void forget_waiter(py_model *self, const py_waiter *waiter) {
+    py_waiter **at = &self->waiting;
+    while (*at != waiter) at = &(*at)->next;
+    *at = waiter->next;
+}
+
+/* Waits for this thread's turn. */
+static int wait_for_turn(py_model *self) {
+    py_waiter me = {.thread = PyThread_get_thread_ident(), .gate = PyThread_allocate_lock()}, **last = &self->waiting;
+    if (!me.gate) {
+        PyErr_NoMemory();
         return -1;
     }
-    self->busy = 1;
-    return 0;
+    PyThread_acquire_lock(me.gate, NOWAIT_LOCK);
+    while (*last) last = &(*last)->next;
+    *last = &me;
+    int rc = 0;
+    while (!me.granted && !rc) {
+        Py_BEGIN_ALLOW_THREADS
+        PyThread_acquire_lock_timed(me.gate, -1, 1); /* a signal ends it, too */
+        Py_END_ALLOW_THREADS
+        rc = PyErr_CheckSignals();
+    }
+    if (rc && me.granted)
+        py_model_release(self);
+    else if (rc)
+        forget_waiter(self, &me);
+    PyThread_free_lock(me.gate); /* release opened it with the GIL held, so nobody is using it any more */
+    return rc;
+}
+
+int py_model_claim(py_model *self) {
+    if (py_model_try_claim(self)) return 0;
+    if (!py_model_is_mine(self)) return wait_for_turn(self);
+    PyErr_SetString(PyExc_RuntimeError, "the model is in use by a call that this one was made from");
+    return -1;
 }
 
 static void free_handle(py_handle *handle) {
@@ -469,19 +508,48 @@ static void free_handle(py_handle *handle) {
 }
 
 void py_model_release(py_model *self) {
-    self->busy = 0;
-    while (self->retired) {
+    while (self->leaving || self->retired) {
+        py_model_settle(self);
         py_handle *handle = self->retired;
+        if (!handle) continue;
         self->retired = handle->next;
         free_handle(handle);
     }
+    py_waiter *next = self->waiting;
+    self->held = next != NULL;
+    if (!next) return;
+    self->waiting = next->next;
+    self->holder = next->thread;
+    next->granted = 1;
+    PyThread_release_lock(next->gate);
 }
 
 void py_model_retire(py_model *self, py_handle *handle) {
-    if (!self->busy) {
+    if (!self->held) {
         free_handle(handle);
         return;
     }
     handle->next = self->retired;
     self->retired = handle;
+}
+
+void py_model_settle(py_model *self) {
+    while (self->leaving) {
+        py_leaving *leaving = self->leaving;
+        self->leaving = leaving->next;
+        leaving->queued = 0;
+        py_engine_leave(leaving->engine, leaving->session, leaving->forget);
+        if (!leaving->dead) continue;
+        Py_DECREF(leaving->engine);
+        PyMem_Free(leaving);
+    }
+}
+
+void py_model_leave(py_model *self, py_leaving *leaving) {
+    if (!leaving->queued) {
+        leaving->queued = 1;
+        leaving->next = self->leaving;
+        self->leaving = leaving;
+    }
+    if (py_model_try_claim(self)) py_model_release(self);
 }

@@ -25,6 +25,7 @@ static int module_exec(PyObject *module) {
     if (!state->numeric_error || PyModule_AddObjectRef(module, "NumericError", state->numeric_error)) return -1;
     if (!(state->model_type = add_type(module, &py_model_spec))) return -1;
     if (!(state->engine_type = add_type(module, &py_engine_spec))) return -1;
+    if (!(state->session_type = add_type(module, &py_session_spec))) return -1;
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
         if (PyModule_AddIntConstant(module, flags[i].name, flags[i].value)) return -1;
     return 0;
@@ -34,6 +35,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     py_state *state = PyModule_GetState(module);
     Py_VISIT(state->model_type);
     Py_VISIT(state->engine_type);
+    Py_VISIT(state->session_type);
     Py_VISIT(state->numeric_error);
     return 0;
 }
@@ -42,6 +44,7 @@ static int module_clear(PyObject *module) {
     py_state *state = PyModule_GetState(module);
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->engine_type);
+    Py_CLEAR(state->session_type);
     Py_CLEAR(state->numeric_error);
     return 0;
 }
