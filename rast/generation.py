@@ -7,7 +7,6 @@ Options come in layers, each over the one before: HuggingFace's defaults, the ba
 from __future__ import annotations
 
 import math
-import operator
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rast.inputs import as_array
+from rast.inputs import as_array, read_integer
 
 if TYPE_CHECKING:
     from rast._core import Request
@@ -62,17 +61,7 @@ Check = Callable[[str, Any], Any]
 
 def _integer(low: int, high: int = 2**31 - 1) -> Check:
     def check(name: str, value: Any) -> int:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError(f"`{name}` must be an integer, not a boolean")
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"`{name}` must be an integer, but is {value!r}") from None
-        if number < low:
-            raise ValueError(f"`{name}` must be {f'at least {low}' if low else 'non-negative'}, but is {number}")
-        if number > high:
-            raise ValueError(f"`{name}` must be at most {high}, but is {number}")
-        return number
+        return read_integer(value, f"`{name}`", low, high)
 
     return check
 
@@ -321,6 +310,7 @@ class GenerationOptions:
         *,
         n_vocab: int,
         has_tokenizer: bool,
+        together: bool = True,
         stacklevel: int = 3,
     ) -> GenerationOptions:
         """Merges the layers and checks every value.
@@ -331,6 +321,7 @@ class GenerationOptions:
             file: the base's generation_config.json.
             n_vocab: ids must be below.
             has_tokenizer: whether stop strings can be used.
+            together: False: do not look at how the options fit together, because others may come over them.
             stacklevel: of warnings.
 
         Raises:
@@ -368,10 +359,12 @@ class GenerationOptions:
             values["seed"] = secrets.randbits(53)
         asked = frozenset(name for name, value in {**config, **call}.items() if value is not None)
         options = cls(**values, asked=asked)
-        options._check_together(n_vocab, has_tokenizer, stacklevel + 1)
+        options._check_model(n_vocab, has_tokenizer)
+        if together:
+            options._check_together(stacklevel + 1)
         return options
 
-    def _check_together(self, n_vocab: int, has_tokenizer: bool, stacklevel: int) -> None:
+    def _check_model(self, n_vocab: int, has_tokenizer: bool) -> None:
         ids = {"eos_token_id": self.eos_token_id, "suppress_tokens": self.suppress_tokens}
         ids |= {"bad_words_ids": np.concatenate(self.bad_words_ids)} if self.bad_words_ids else {}
         for name, values in ids.items():
@@ -379,6 +372,8 @@ class GenerationOptions:
                 raise ValueError(f"`{name}` has the id {values.max()}, but the vocabulary has {n_vocab} ids")
         if self.stop_strings and not has_tokenizer:
             raise ValueError("`stop_strings` needs a tokenizer, and the base came without one")
+
+    def _check_together(self, stacklevel: int) -> None:
         if self.num_return_sequences > 1 and not self.do_sample:
             raise ValueError(
                 "Greedy methods (do_sample != True) do not support `num_return_sequences` different than 1 "

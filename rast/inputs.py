@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Ids", "Mask", "Prompts", "as_array", "read_prompts"]
+__all__ = ["Ids", "Mask", "Prompts", "as_array", "read_integer", "read_prompts"]
 
 Ids = ArrayLike | Sequence[NDArray[np.integer[Any]]] | Sequence[Sequence[int]]
 Mask = ArrayLike | Sequence[NDArray[Any]] | Sequence[Sequence[int]]
@@ -60,6 +61,21 @@ def read_prompts(input_ids: Ids, attention_mask: Mask | None = None) -> Prompts:
         ids.append(np.ascontiguousarray(row, dtype=np.int32))
         start.append(first)
     return Prompts(ids, start, max(map(len, rows)))
+
+
+def read_integer(value: Any, name: str, low: int, high: int = 2**31 - 1) -> int:
+    """Any integer, Python's or NumPy's, from low to high; an error that names the argument."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an integer, not a boolean")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r:.80}") from None
+    if number < low:
+        raise ValueError(f"{name} must be {f'at least {low}' if low else 'non-negative'}, not {number}")
+    if number > high:
+        raise ValueError(f"{name} must be at most {high}, not {number}")
+    return number
 
 
 def as_array(value: Any, name: str) -> NDArray[Any]:

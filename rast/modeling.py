@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from rast import _core
 from rast.batching import GenerateIterator, Request
 from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
-from rast.inputs import Ids, Mask, Prompts, read_prompts
+from rast.inputs import Ids, Mask, Prompts, read_integer, read_prompts
 from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
 
 if TYPE_CHECKING:
@@ -131,6 +133,8 @@ class RastForCausalLM:
         self._engine: _core.Engine | None = None
         self._making_engine = threading.RLock()
         self._process = os.getpid()
+        if any(self._budget.values()):
+            self._shared_engine()  # a wrong budget is an error now
         self._can_stop_at_strings = agreed.pieces is not None
         self.tokenizer = nets[0].loaded.tokenizer
         self.generation_config = {
@@ -177,9 +181,9 @@ class RastForCausalLM:
             quantization: what the matrices, embedding and head among them, are made into at load: "int8" (groups of 32
                 with a scale), "int4" (groups of 32 with scale and minimum), "int4-64" (groups of 64) or "none" (floats,
                 whatever the file holds); or a mapping from roles to these, {"base": "int4", "expert": "int8"}, where
-                "expert" means that of every pair and "expert 2" that of the second. None: as stored; Q8_0, Q4_0 and
-                Q4_1 of a GGUF file then stay in place unless dtype is "float32". Products with quantized weights round
-                their inputs once more, to int8 in groups of 32; all else is as `dtype` says.
+                "expert" means that of every pair and "expert 2" that of the second. None, also for a role: as stored;
+                Q8_0, Q4_0 and Q4_1 of a GGUF file then stay in place unless dtype is "float32". Products with quantized
+                weights round their inputs once more, to int8 in groups of 32; all else is as `dtype` says.
             num_threads: None: one for each core that this process may use.
             max_context: overrides the context limit of all models.
             revision: of the base on the Hub (branch, tag or commit); the other models use their default branch.
@@ -188,7 +192,7 @@ class RastForCausalLM:
                 blocks of 32. What has ended stays while there is room, for prompts that begin alike; when there is no
                 room, sequences wait, or are computed again. None: what max_memory leaves, else half of the memory
                 that is free at the first use.
-            max_memory: bytes, or a string such as "2GiB" or "500MB": limits the keys and values of all models together
+            max_memory: bytes, or a string such as "2GiB" or "500mb": limits the keys and values of all models together
                 with the weights that had to be copied or converted (mapped files can be dropped and do not count).
                 The buffers of one step come on top. Memory is used as it is needed, up to the limit.
             max_batch_rows: most tokens that one step runs through a model (prompt chunks); None: 512.
@@ -204,17 +208,11 @@ class RastForCausalLM:
         from rast.loading import load_net, quantization_by_role
 
         _check_device(device)
-        for name, value in (
-            ("num_threads", num_threads),
-            ("max_context", max_context),
-            ("kv_cache_tokens", kv_cache_tokens),
-            ("max_batch_rows", max_batch_rows),
-            ("max_batch_size", max_batch_size),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name} must be an integer or None, not {value!r}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        num_threads = _limit(num_threads, "num_threads")
+        max_context = _limit(max_context, "max_context")
+        max_batch_rows = _limit(max_batch_rows, "max_batch_rows", 2**20)
+        max_batch_size = _limit(max_batch_size, "max_batch_size", 2**20)
+        kv_cache_tokens = _limit(kv_cache_tokens, "kv_cache_tokens", None)
         wanted = _pairs(expert, antiexpert, transfer_strength, pairs)
         none = np.zeros(len(wanted))
         strengths = transfer_strengths([pair.strength for pair in wanted], none, 1)[0] if wanted else none
@@ -455,6 +453,8 @@ class RastForCausalLM:
         self._check_process()
         if isinstance(requests, Mapping | Request) or not isinstance(requests, Iterable):
             raise TypeError(f"requests must be an iterable of requests, not {type(requests).__name__}")
+        shared = self._options(cast(GenerateKwargs, options), generation_config, together=False)
+        self._coefficients(shared.transfer_strength, 1)
         return GenerateIterator(self, requests, generation_config, options)
 
     @overload
@@ -504,16 +504,13 @@ class RastForCausalLM:
         Raises:
             As `generate`.
         """
-        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | np.integer):
-            raise TypeError(f"logits_to_keep must be an integer, not {logits_to_keep!r}")
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must not be negative, but is {logits_to_keep}")
+        logits_to_keep = read_integer(logits_to_keep, "logits_to_keep", 0)
         prompts = read_prompts(input_ids, attention_mask)
         want = _core.WANT_LOGITS | (_core.WANT_COMPONENTS if return_components else 0)
-        results = self._evaluate(prompts, transfer_strength, want, int(logits_to_keep) or prompts.width)
+        results = self._evaluate(prompts, transfer_strength, want, logits_to_keep or prompts.width)
 
         if logits_to_keep:
-            width = min(int(logits_to_keep), prompts.longest)
+            width = min(logits_to_keep, prompts.longest)
             ends = [width] * len(prompts)
         else:
             width = prompts.width
@@ -563,13 +560,14 @@ class RastForCausalLM:
 
     # ---- requests and results --------------------------------------------------------------------------------------
 
-    def _options(self, call: GenerateKwargs, generation_config: Any) -> GenerationOptions:
+    def _options(self, call: GenerateKwargs, generation_config: Any, together: bool = True) -> GenerationOptions:
         return GenerationOptions.resolve(
             call,
             generation_config,
             self.generation_config,
             n_vocab=self.vocab_size,
             has_tokenizer=self._can_stop_at_strings,
+            together=together,
             stacklevel=4,
         )
 
@@ -622,9 +620,8 @@ class RastForCausalLM:
             raise ValueError(f"a request has one prompt, and this one has {len(prompts)}")
         if not isinstance(request.options, Mapping):
             raise TypeError(f"a request's options must be a dict, not {request.options!r}")
-        copy = request.copy
-        if copy is not None and (isinstance(copy, bool) or not isinstance(copy, int) or not 0 <= copy < 2**32):
-            raise ValueError(f"copy must be an integer from 0 on, not {copy!r}")
+        if request.copy is not None:
+            read_integer(request.copy, "copy", 0, 2**32 - 1)
         opts = self._options(cast(GenerateKwargs, {**options, **request.options}), config)
         (made,) = self._requests(prompts, opts, _wanted(opts))
         return made, opts.seed if "seed" in opts.asked else None
@@ -743,27 +740,32 @@ def _wanted(opts: GenerationOptions) -> int:
     return want | (_core.WANT_SCORES if opts.output_scores else 0) | (_core.WANT_LOGITS if opts.output_logits else 0)
 
 
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{kind}B": base ** (power + 1)
-    for power, prefix in enumerate("KMGT")
+def _limit(value: Any, name: str, most: int | None = 2**31 - 1) -> int | None:
+    """A limit that from_pretrained was given; most None: checked later."""
+    if value is None:
+        return None
+    return read_integer(value, name, 1, sys.maxsize if most is None else most)
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{kind}b": base ** (power + 1)
+    for power, prefix in enumerate("kmgt")
     for kind, base in (("", 1000), ("i", 1024))
 }
 
 
 def _bytes(max_memory: int | str) -> int:
     """The number of bytes that `max_memory` means."""
-    if isinstance(max_memory, int) and not isinstance(max_memory, bool):
-        size = max_memory
-    elif isinstance(max_memory, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", max_memory)
-        if not match or match[2] not in _UNITS:
-            raise ValueError(f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r}')
-        size = int(min(float(match[1]) * _UNITS[match[2]], 2.0**62))
-    else:
-        raise TypeError(f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r}')
-    if size < 1:
-        raise ValueError(f"max_memory must be at least 1, not {max_memory!r}")
-    return size
+    wrong = f'max_memory must be a number of bytes or a string such as "2GiB", not {max_memory!r:.80}'
+    if isinstance(max_memory, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", max_memory, re.ASCII | re.IGNORECASE)
+        if not match or match[2].lower() not in _UNITS:
+            raise ValueError(wrong)
+        max_memory = int(Fraction(match[1]) * _UNITS[match[2].lower()])
+    try:
+        return read_integer(max_memory, "max_memory", 1, sys.maxsize)
+    except TypeError:
+        raise TypeError(wrong) from None
 
 
 def _is_mapped(array: Any) -> bool:
@@ -777,7 +779,10 @@ def _kv_bytes(
 ) -> int:
     """Bytes for keys and values; 0: the core's default."""
     block = 32 * sum(net["kv_bytes_per_token"] for net in info)
-    wanted = 0 if kv_cache_tokens is None else -(-kv_cache_tokens // 32) * block
+    wanted = 0
+    if kv_cache_tokens is not None:
+        read_integer(kv_cache_tokens, "kv_cache_tokens", 1, sys.maxsize // block * 32)
+        wanted = -(-kv_cache_tokens // 32) * block
     if max_memory is None:
         return wanted
     arrays = {id(part): part for net in nets for tensor in net.loaded.tensors.values() for part in tensor}

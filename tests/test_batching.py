@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from test_binding import VOCAB, make_net, make_request
 
 import rast
 from rast import _core
+from rast.modeling import _bytes
 
 # ---- the core: rows and blocks ---------------------------------------------------------------------------------------
 
@@ -214,6 +218,10 @@ def test_budget(trio: tuple[Path, ...]) -> None:
         (dict(max_memory=per_token * 100), 3),
         (dict(max_memory=f"{per_token * 320 / 1024} KiB"), 10),
         (dict(max_memory=f"{per_token * 320 / 1000}KB", kv_cache_tokens=64), 2),
+        (dict(max_memory=f" {per_token * 320 / 1000:f} kb "), 10),
+        (dict(max_memory=f"{per_token * 320 * 10}"), 100),
+        (dict(max_memory=np.uint32(per_token * 320)), 10),
+        (dict(kv_cache_tokens=np.int16(100), max_batch_size=np.uint8(3), max_batch_rows=np.int64(40)), 4),
     ):
         info = load_rast(*trio, **options).cache_info()
         assert info["n_blocks"] == info["n_free"] == n_blocks, options
@@ -233,11 +241,39 @@ def test_budget(trio: tuple[Path, ...]) -> None:
         (dict(max_memory=True), TypeError, "max_memory"),
         (dict(kv_cache_tokens=0), ValueError, "kv_cache_tokens"),
         (dict(kv_cache_tokens="5"), TypeError, "kv_cache_tokens"),
+        (dict(kv_cache_tokens=np.float64(5)), TypeError, "kv_cache_tokens"),
+        (dict(kv_cache_tokens=np.bool_(True)), TypeError, "kv_cache_tokens"),
+        (dict(kv_cache_tokens=2**70), ValueError, "kv_cache_tokens must be at most [0-9]{10,},"),
+        (dict(kv_cache_tokens=10**18), ValueError, "kv_cache_tokens must be at most [0-9]{10,},"),
+        (dict(max_memory=2**70), ValueError, "max_memory must be at most 9223372036854775807,"),
+        (dict(max_memory="9e9"), ValueError, "max_memory"),
+        (dict(max_memory="."), ValueError, "max_memory"),
+        (dict(max_memory="99999999999TiB"), ValueError, "max_memory must be at most 9223372036854775807,"),
+        (dict(max_batch_rows=2**70), ValueError, "max_batch_rows must be at most 1048576,"),
+        (dict(max_batch_size=10**18), ValueError, "max_batch_size must be at most 1048576,"),
+        (dict(max_context=2**70), ValueError, "max_context must be at most 2147483647,"),
+        (dict(num_threads=2**70), ValueError, "num_threads must be at most"),
     ],
 )
 def test_wrong_budgets(trio: tuple[Path, ...], options: Any, error: Any, says: str) -> None:
     with pytest.raises(error, match=says):
         load_rast(*trio, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2gib", 2 << 30),
+        ("500kB", 500_000),
+        (".5GiB", 1 << 29),
+        ("3.MiB", 3 << 20),
+        ("7", 7),
+        (" 1 b ", 1),
+        ("1TB", 10**12),
+    ],
+)
+def test_units(text: str, size: int) -> None:
+    assert _bytes(text) == size
 
 
 def test_a_budget_too_small_says_what_is_enough(trio: tuple[Path, ...]) -> None:
@@ -372,6 +408,44 @@ def test_a_bad_request_fails_alone(model: rast.RastForCausalLM) -> None:
     assert_idle(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        (dict(temperature=-1.0, do_sample=True), ValueError, "temperature"),
+        (dict(no_such_option=3), TypeError, "no_such_option"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=2**70), ValueError, "max_new_tokens` must be at most 2147483647"),
+        (dict(transfer_strength=[1, 2, 3]), ValueError, "transfer_strength"),
+        (dict(transfer_strength="x"), TypeError, "transfer_strength"),
+        (dict(eos_token_id=10**6), ValueError, "eos_token_id"),
+        (dict(stop_strings="x"), ValueError, "tokenizer"),
+        (dict(generation_config=5), TypeError, "generation_config"),
+        (dict(generation_config={"top_p": 7.0, "do_sample": True}), ValueError, "top_p"),
+        (dict(seed=-1), ValueError, "seed"),
+    ],
+)
+def test_bad_options_of_all_requests(model: rast.RastForCausalLM, options: Any, error: Any, says: str) -> None:
+    with pytest.raises(error, match=says):
+        model.generate_iter([dict(input_ids=[1])], **options)
+
+
+def test_options_of_the_call_that_fit_with_those_of_requests(model: rast.RastForCausalLM) -> None:
+    samples = list(model.generate_iter([dict(input_ids=[1], do_sample=True)], num_return_sequences=3, max_new_tokens=2))
+    assert [s.error for s in samples] == [None] * 3
+
+
+def test_numpy_numbers(model: rast.RastForCausalLM) -> None:
+    want = model.generate([1, 2], max_new_tokens=5, do_sample=True, seed=3, num_return_sequences=3, top_k=7)
+    options: Any = dict(max_new_tokens=np.int16(5), do_sample=np.bool_(True), seed=np.uint64(3), top_k=np.int8(7))
+    got = model.generate(np.array([1, 2], np.uint8), num_return_sequences=np.int64(3), **options)
+    np.testing.assert_array_equal(got, want)
+    requests = [rast.Request([1, 2], tag=i, copy=np.uint32(i)) for i in range(3)]  # type: ignore[arg-type]
+    for sample in model.generate_iter(requests, **options):
+        np.testing.assert_array_equal(sample.new_tokens, want[sample.tag, 2:])
+    logits = model.forward([1, 2, 3], logits_to_keep=np.int64(2))  # type: ignore[call-overload]
+    np.testing.assert_array_equal(logits, model.forward([1, 2, 3])[:, 1:])
+
+
 @pytest.mark.parametrize("source", [5, "x", rast.Request([1]), dict(input_ids=[1])])
 def test_what_is_no_source(model: rast.RastForCausalLM, source: Any) -> None:
     if source == "x":  # iterable, so its letters are bad requests
@@ -463,6 +537,93 @@ def test_a_slow_source_holds_up_nobody(model: rast.RastForCausalLM) -> None:
     assert len(list(iterator)) == 7
 
 
+def test_a_source_that_blocks_holds_up_nobody(model: rast.RastForCausalLM) -> None:
+    """It waits for samples of the requests that it gave."""
+    seen: Queue[int] = Queue()
+
+    def source() -> Iterator[Any]:
+        for i in range(4):
+            yield {"input_ids": [1 + i, 2], "tag": i}
+            assert seen.get(timeout=30) == i
+
+    for sample in model.generate_iter(source(), max_new_tokens=3):
+        seen.put(sample.tag)
+    assert seen.empty()
+    assert_idle(model)
+
+
+def n_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("leave", ["close", "drop", "interrupt"])
+def test_leaving_a_source_that_blocks(model: rast.RastForCausalLM, leave: str) -> None:
+    """The source's thread ends when the source lets it, and closes the source."""
+    n_before = n_threads()
+    go_on, closed = threading.Event(), threading.Event()
+
+    def source() -> Iterator[Any]:
+        try:
+            yield {"input_ids": [1], "max_new_tokens": 1}
+            yield {"input_ids": [2], "max_new_tokens": 200}
+            go_on.wait()
+            yield {"input_ids": [3]}
+        finally:
+            closed.set()
+
+    samples = model.generate_iter(source(), eos_token_id=None)
+    next(samples)
+    if leave == "close":
+        samples.close()
+    elif leave == "drop":
+        del samples
+    else:
+        with alarm(0.3), pytest.raises(KeyboardInterrupt):
+            list(samples)
+    assert_idle(model)
+    go_on.set()
+    assert closed.wait(10)
+    while n_threads() > n_before:
+        time.sleep(0.01)
+
+
+def test_a_source_is_closed_with_its_iterator(model: rast.RastForCausalLM) -> None:
+    closed = False
+
+    def source() -> Iterator[Any]:
+        nonlocal closed
+        try:
+            while True:
+                yield {"input_ids": [1], "max_new_tokens": 1}
+        finally:
+            closed = True
+
+    with model.generate_iter(source()) as samples:
+        next(samples)
+    assert closed
+
+
+def test_a_source_is_read_by_one_thread(model: rast.RastForCausalLM) -> None:
+    threads = set()
+    number: ContextVar[int] = ContextVar("number", default=0)
+    number.set(7)
+
+    def source() -> Iterator[Any]:
+        for i in range(20):
+            threads.add(threading.get_ident())
+            assert number.get() == 7
+            time.sleep(0.005 * (i % 3))
+            yield {"input_ids": [1 + i], "max_new_tokens": 1 + i}
+
+    assert all(sample.error is None for sample in model.generate_iter(source()))
+    assert len(threads) == 1
+
+    n_before = n_threads()
+    samples = model.generate_iter([{"input_ids": [1], "max_new_tokens": 1}] * 3)
+    next(samples)
+    assert n_threads() == n_before  # a list needs none
+
+
 def test_an_endless_bad_source(model: rast.RastForCausalLM) -> None:
     iterator = model.generate_iter(itertools.repeat({"input_ids": []}))
     assert all(next(iterator).error is not None for _ in range(300))
@@ -504,7 +665,8 @@ def test_leaving_gives_everything_back(model: rast.RastForCausalLM) -> None:
     for sample in model.generate_iter(requests()):
         assert sample.tag == 0
         break
-    assert_idle(model)  # the iterator is gone
+    assert not model._engine.busy  # type: ignore[union-attr] # the iterator is gone
+    assert_idle(model)
     with model.generate_iter(requests()) as samples:
         next(samples)
     assert_idle(model)

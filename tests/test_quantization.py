@@ -159,6 +159,8 @@ def test_roles() -> None:
     assert quantization_by_role("int8", roles) == dict.fromkeys(roles, "int8")
     got = quantization_by_role({"base": "int4", "expert": "int8", "expert 2": "none"}, roles)
     assert got == dict(zip(roles, ["int4", "int8", None, "none", None], strict=True))
+    got = quantization_by_role({"base": None, "expert": "int8", "expert 2": None}, roles)
+    assert got == dict(zip(roles, [None, "int8", None, None, None], strict=True))
     for option, kind, message in (
         ("int3", ValueError, "one of none, int8, int4, int4-64, not 'int3'"),
         ({"base": "q8"}, ValueError, "not 'q8'"),

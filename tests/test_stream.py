@@ -95,6 +95,26 @@ def test_stream_checks_arguments_at_once(model: Any) -> None:
         model.stream(np.arange(5), num_beams=2)
 
 
+def test_stream_that_does_not_fit_fails_at_the_call(zoo: ModelZoo) -> None:
+    model = load_rast(*zoo.trio(), kv_cache_tokens=64)
+    with pytest.raises(MemoryError, match="for 128 tokens"):
+        model.stream(np.arange(60), max_new_tokens=40)
+    with pytest.raises(MemoryError, match="for 128 tokens"):
+        model.stream([np.arange(5), np.arange(60)], max_new_tokens=40)
+    assert not model._engine.busy  # type: ignore[union-attr]
+    model.stream(np.arange(20), max_new_tokens=40)  # nobody reads it
+    assert not model._engine.busy  # type: ignore[union-attr]
+    assert len(list(model.stream(np.arange(20), max_new_tokens=40))) == 40
+
+
+def test_a_stream_that_is_dropped_ends_at_once(model: Any) -> None:
+    stream = model.stream(np.arange(5), max_new_tokens=400)
+    next(stream)
+    assert model._engine.busy
+    del stream
+    assert not model._engine.busy
+
+
 def test_stream_ends_at_eos(model: Any) -> None:
     free = model.generate(np.arange(5), **OPTIONS)[0, 5:]
     pieces = np.concatenate(list(model.stream(np.arange(5), eos_token_id=int(free[6]), **OPTIONS)))

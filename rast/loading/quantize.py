@@ -25,13 +25,14 @@ AS_GOOD: Mapping[str, frozenset[str]] = {
 
 _CHUNK = 1 << 22  # elements a thread quantizes at a time
 
-Quantization = str | Mapping[str, str] | None
+Quantization = str | Mapping[str, str | None] | None
 
 
 def quantization_by_role(option: Quantization, roles: Iterable[str]) -> dict[str, str | None]:
     """What each of `roles` ("base", "expert", "expert 2", …) is quantized to; None: as stored.
 
-    `option` is one name for all, or a mapping; "expert" and "antiexpert" there mean those of every pair.
+    `option` is one name for all, or a mapping to names or None; "expert" and "antiexpert" there mean those of every
+    pair.
     """
     roles = list(roles)
     if option is None or isinstance(option, str):
@@ -42,7 +43,8 @@ def quantization_by_role(option: Quantization, roles: Iterable[str]) -> dict[str
     for role, name in option.items():
         if role not in known:
             raise ValueError(f"quantization names the role {role!r}; the roles here are {', '.join(known)}")
-        check_name(name)
+        if name is not None:
+            check_name(name)
     return {role: option.get(role, option.get(role.split()[0])) for role in roles}
 
 
