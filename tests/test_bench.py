@@ -12,7 +12,7 @@ from oracle import ModelZoo
 from typer.testing import CliRunner
 
 from rast import _core
-from rast.cli import app
+from rast.cli.commands import app
 
 
 def run(*args: Any) -> Any:

@@ -35,7 +35,7 @@ def roles(trio: tuple[Path, Path, Path]) -> list[str]:
 
 def run(*args: str, text: str | None = None) -> Any:
     """In this process: quick. Standard output and error stay apart."""
-    from rast.cli import app
+    from rast.cli.commands import app
 
     return CliRunner().invoke(app, list(args), input=text)
 
@@ -203,6 +203,25 @@ def test_ctrl_c(trio: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rast.RastForCausalLM, "generate", interrupted)
     result = run("generate", str(trio[0]), "-p", PROMPT)
     assert result.exit_code == 130 and "interrupted" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "start", ["import runpy; runpy.run_module('rast', run_name='__main__')", "from rast.cli import main; main()"]
+)
+@pytest.mark.parametrize("package", ["typer", "numpy", "rast.cli.common", "rast.modeling", "rast._core"])
+def test_ctrl_c_while_it_starts(package: str, start: str) -> None:
+    code = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "{package}":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = ["generate", "no-such-model"]
+{start}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.replace("\nerror: interrupted\n", "")) == (130, "", "")
 
 
 def test_load_warnings_are_lines(trio: tuple[Path, Path, Path], zoo: ModelZoo) -> None:

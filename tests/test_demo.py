@@ -260,7 +260,7 @@ def test_recovery_of_different_problems() -> None:
 
 def run(*args: str) -> Any:
     """In this process: quick. Standard output and error stay apart."""
-    from rast.cli import app
+    from rast.cli.commands import app
 
     return CliRunner().invoke(app, ["demo", *args])
 

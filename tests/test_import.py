@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from oracle import ModelZoo
 
 
@@ -16,17 +17,29 @@ def run(code: str, *arguments: str) -> list[float]:
 
 
 def test_import_time() -> None:
-    code = "import time, numpy; start = time.perf_counter(); import rast; print(time.perf_counter() - start)"
+    code = "import time, numpy; start = time.perf_counter(); from rast import *; print(time.perf_counter() - start)"
     best = min(run(code)[0] for _ in range(5))
     assert best <= 0.15, f"import rast takes {best:.3f} s above NumPy"
 
 
 def test_import_pulls_in_no_heavy_package() -> None:
     code = (
-        "import sys, rast; heavy = {'torch', 'transformers', 'tokenizers', 'gguf', 'safetensors', 'huggingface_hub'};"
+        "import sys; from rast import *\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'gguf', 'safetensors', 'huggingface_hub'};"
         "print(len(heavy & sys.modules.keys()))"
     )
     assert run(code) == [0]
+
+
+def test_names_are_there() -> None:
+    """They are imported when first used."""
+    import rast
+
+    for name in ("streaming", "demo", *rast.__all__):
+        assert name in dir(rast)
+        assert getattr(rast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rast.nothing  # noqa: B018
 
 
 def test_weights_are_mapped_not_copied(zoo: ModelZoo) -> None:

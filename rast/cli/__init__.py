@@ -1,47 +1,16 @@
-"""The command line: `rast bench`, `rast demo`, `rast generate`, `rast info`. Each command is a file of its own."""
+"""The command line: `rast bench`, `rast demo`, `rast generate`, `rast info`. Each command is a file of its own.
 
-from __future__ import annotations
+Nothing is imported here, so that Ctrl-C is caught from the beginning: importing the rest takes some tenths of a second.
+"""
 
-from typing import Annotated
-
-import typer
-
-import rast
-from rast.cli.bench import bench
-from rast.cli.demo import demo
-from rast.cli.generate import generate
-from rast.cli.info import info
-
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    help="Decode with logits = base + Σ λ·(expert − antiexpert).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.command()(bench)
-app.command()(demo)
-app.command()(generate)
-app.command()(info)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"rast {rast.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass
+__all__ = ["main"]
 
 
 def main() -> None:
     """Entry point of the `rast` command. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
-    app(prog_name="rast")
+    try:
+        from rast.cli.commands import app
+
+        app(prog_name="rast")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
