@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Ids", "Mask", "Prompts", "as_array", "read_integer", "read_prompts"]
+__all__ = ["Ids", "Mask", "Prompts", "as_array", "check_callable", "read_integer", "read_prompts"]
 
 Ids = ArrayLike | Sequence[NDArray[np.integer[Any]]] | Sequence[Sequence[int]]
 Mask = ArrayLike | Sequence[NDArray[Any]] | Sequence[Sequence[int]]
@@ -44,8 +44,8 @@ def read_prompts(input_ids: Ids, attention_mask: Mask | None = None) -> Prompts:
     """
     rows = _rows(input_ids, "input_ids")
     masks = None if attention_mask is None else _rows(attention_mask, "attention_mask")
-    if masks is not None and [len(m) for m in masks] != [len(r) for r in rows]:
-        raise ValueError("attention_mask must have the shape of input_ids")
+    if masks is not None:
+        _check_shape(masks, rows)
     ids: list[NDArray[np.int32]] = []
     start: list[int] = []
     for r, row in enumerate(rows):
@@ -61,6 +61,21 @@ def read_prompts(input_ids: Ids, attention_mask: Mask | None = None) -> Prompts:
         ids.append(np.ascontiguousarray(row, dtype=np.int32))
         start.append(first)
     return Prompts(ids, start, max(map(len, rows)))
+
+
+def _check_shape(masks: list[NDArray[Any]], rows: list[NDArray[Any]]) -> None:
+    must = "attention_mask must have the shape of input_ids"
+    if len(masks) != len(rows):
+        raise ValueError(f"{must}: it has {len(masks)} rows, and they {len(rows)}")
+    for r, (mask, row) in enumerate(zip(masks, rows, strict=True)):
+        if len(mask) != len(row):
+            raise ValueError(f"{must}: row {r} has {len(mask)} entries, and {len(row)} ids")
+
+
+def check_callable(value: Any, name: str) -> None:
+    """Callbacks may be None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable, not {value!r:.80}")
 
 
 def read_integer(value: Any, name: str, low: int, high: int = 2**31 - 1) -> int:
@@ -94,7 +109,8 @@ def _rows(value: Any, name: str) -> list[NDArray[Any]]:
     """The 1-D rows of a 1-D or 2-D array, a list of numbers, or a list of rows."""
     if isinstance(value, str | bytes) or (isinstance(value, list | tuple) and any(isinstance(v, str) for v in value)):
         hint = ": use model.tokenizer.encode(text)" if name == "input_ids" else ""
-        raise TypeError(f"{name} must hold integers, not text{hint}")
+        what = "integers" if name == "input_ids" else "zeros and ones"
+        raise TypeError(f"{name} must hold {what}, not text{hint}")
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be ids, not a mapping: pass a tokenizer's output as **inputs")
     if isinstance(value, list | tuple) and any(

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from rast import _core
 from rast.batching import GenerateIterator, Request
 from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
-from rast.inputs import Ids, Mask, Prompts, read_integer, read_prompts
+from rast.inputs import Ids, Mask, Prompts, check_callable, read_integer, read_prompts
 from rast.outputs import ForwardOutput, GenerateOutput, ScoreOutput
 
 if TYPE_CHECKING:
@@ -208,26 +208,29 @@ class RastForCausalLM:
         from rast.loading import load_net, quantization_by_role
 
         _check_device(device)
-        num_threads = _limit(num_threads, "num_threads")
-        max_context = _limit(max_context, "max_context")
+        num_threads = _limit(num_threads, "num_threads", 4096)
+        max_context = _limit(max_context, "max_context", 2**28)
         max_batch_rows = _limit(max_batch_rows, "max_batch_rows", 2**20)
         max_batch_size = _limit(max_batch_size, "max_batch_size", 2**20)
         kv_cache_tokens = _limit(kv_cache_tokens, "kv_cache_tokens", None)
+        check_callable(progress, "progress")
         wanted = _pairs(expert, antiexpert, transfer_strength, pairs)
-        none = np.zeros(len(wanted))
-        strengths = transfer_strengths([pair.strength for pair in wanted], none, 1)[0] if wanted else none
-
         numbers = [f" {i + 1}" if len(wanted) > 1 else "" for i in range(len(wanted))]
         roles = [f"expert{n}" for n in numbers] + [f"antiexpert{n}" for n in numbers]
         quantizations = quantization_by_role(quantization, ["base", *roles])
+        strengths = np.zeros(len(wanted))
+        _check_source(base, "base")
+        for i, (pair, number) in enumerate(zip(wanted, numbers, strict=True)):
+            _check_source(pair.expert, f"expert{number}")
+            if pair.antiexpert is not None:
+                _check_source(pair.antiexpert, f"antiexpert{number}")
+            strengths[i] = _strength(pair.strength, f"strength{number}" if pairs else "transfer_strength")
 
         nets: list[_Net] = []
         by_source: dict[tuple[str, str | None, str | None], int] = {}
         by_key: dict[Hashable, int] = {}
 
         def load(source: Source, role: str, revision: str | None = None) -> int:
-            if not isinstance(source, str | os.PathLike):
-                raise TypeError(f"{role} must be a folder, a Hugging Face Hub id or a .gguf file, not {source!r}")
             asked = (os.fspath(source), revision, quantizations[role])
             if asked not in by_source:
                 loaded = load_net(
@@ -385,6 +388,7 @@ class RastForCausalLM:
         prompts = read_prompts(input_ids, attention_mask)
         opts = self._options(options, generation_config)
         requests = self._requests(prompts, opts, _wanted(opts))
+        check_callable(progress, "progress")
         on_tokens = None
         if streamer is not None:
             if len(prompts) * opts.num_return_sequences != 1:
@@ -410,7 +414,8 @@ class RastForCausalLM:
     ) -> Iterator[Any]:
         """Like `generate`, as an iterator over new tokens while they are drawn.
 
-        Bad arguments raise here, not at the first step. Leaving the loop early (or `close()`) ends the generation.
+        Bad arguments raise here, not at the first step, and so does a request that the KV cache has no room for.
+        Leaving the loop early (or `close()`, or no reference any more) ends the generation.
         Other calls may run between the steps.
 
         Yields:
@@ -441,7 +446,9 @@ class RastForCausalLM:
 
         Args:
             requests: `rast.Request` objects, or dicts with `input_ids`, perhaps `tag` and `copy`, and options. May be
-                a generator: it is asked for the next one when there is place.
+                a generator: it is asked for the next one when there is place. What is no list or other sequence is
+                read by a thread of its own, so that it may wait, for input or for samples of earlier requests, while
+                samples come out.
             generation_config: as in `generate`.
             **options: of all requests that do not say otherwise; see `rast.generation.GenerateKwargs`. Without a seed
                 every request gets one from the system.
@@ -449,9 +456,12 @@ class RastForCausalLM:
         Returns:
             An iterator over `rast.Sample`, with `cancel(tag)` and `close()`. An exception of `requests` comes out when
             all samples that have ended are out; then, and after Ctrl-C, nothing runs any more, and the model is free.
+
+        Raises:
+            TypeError, ValueError: of `requests` itself, and of options that are wrong whatever a request says.
         """
         self._check_process()
-        if isinstance(requests, Mapping | Request) or not isinstance(requests, Iterable):
+        if isinstance(requests, Mapping | Request | str | bytes | np.ndarray) or not isinstance(requests, Iterable):
             raise TypeError(f"requests must be an iterable of requests, not {type(requests).__name__}")
         shared = self._options(cast(GenerateKwargs, options), generation_config, together=False)
         self._coefficients(shared.transfer_strength, 1)
@@ -594,7 +604,8 @@ class RastForCausalLM:
                 if len(ids) + n_new > net.max_context:
                     new = f" and {n_new} new ones" if n_new else ""
                     limit = "max_context" if self._max_context else f"the context of {net.name}"
-                    raise ValueError(f"row {row}: {len(ids)} tokens{new} exceed {limit}, {net.max_context} tokens")
+                    where = f"row {row}: " if len(prompts) > 1 else ""
+                    raise ValueError(f"{where}{len(ids)} tokens{new} exceed {limit}, {net.max_context} tokens")
 
     def _requests(self, prompts: Prompts, opts: GenerationOptions, want: int) -> list[_core.Request]:
         coefficients = self._coefficients(opts.transfer_strength, len(prompts))
@@ -712,12 +723,25 @@ def _check_device(device: str) -> None:
     raise ValueError(f"device must be 'auto' or 'cpu', not {device!r}")
 
 
+def _check_source(source: Any, role: str) -> None:
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"{role} must be a folder, a Hugging Face Hub id or a .gguf file, not {source!r:.80}")
+
+
+def _strength(value: Any, name: str) -> float:
+    """λ of one pair."""
+    if np.ndim(value) or isinstance(value, str | bytes) or value is None:
+        raise TypeError(f"{name} must be a number, not {value!r:.80}")
+    return float(transfer_strengths(value, np.zeros(1), 1)[0, 0])
+
+
 def _pairs(
     expert: Source | None, antiexpert: Source | None, strength: float, pairs: Sequence[TransferPair] | None
 ) -> list[TransferPair]:
     """The pairs that the arguments of `from_pretrained` name."""
+    given = _strength(strength, "transfer_strength") != 1
     if pairs is not None:
-        if expert is not None or antiexpert is not None or strength != 1.0:
+        if expert is not None or antiexpert is not None or given:
             raise ValueError("give either pairs or expert, antiexpert and transfer_strength, not both")
         if isinstance(pairs, TransferPair) or not isinstance(pairs, Sequence):
             raise TypeError(f"pairs must be a list of TransferPair objects, not {pairs!r}")
@@ -727,7 +751,7 @@ def _pairs(
         return list(pairs)
     if expert is None and antiexpert is not None:
         raise ValueError("an antiexpert needs an expert")
-    if expert is None and strength != 1.0:
+    if expert is None and given:
         raise ValueError("transfer_strength needs an expert")
     return [] if expert is None else [TransferPair(expert, antiexpert, strength)]
 

@@ -251,8 +251,8 @@ def test_budget(trio: tuple[Path, ...]) -> None:
         (dict(max_memory="99999999999TiB"), ValueError, "max_memory must be at most 9223372036854775807,"),
         (dict(max_batch_rows=2**70), ValueError, "max_batch_rows must be at most 1048576,"),
         (dict(max_batch_size=10**18), ValueError, "max_batch_size must be at most 1048576,"),
-        (dict(max_context=2**70), ValueError, "max_context must be at most 2147483647,"),
-        (dict(num_threads=2**70), ValueError, "num_threads must be at most"),
+        (dict(max_context=2**70), ValueError, "max_context must be at most 268435456,"),
+        (dict(num_threads=2**70), ValueError, "num_threads must be at most 4096,"),
     ],
 )
 def test_wrong_budgets(trio: tuple[Path, ...], options: Any, error: Any, says: str) -> None:
@@ -446,12 +446,8 @@ def test_numpy_numbers(model: rast.RastForCausalLM) -> None:
     np.testing.assert_array_equal(logits, model.forward([1, 2, 3])[:, 1:])
 
 
-@pytest.mark.parametrize("source", [5, "x", rast.Request([1]), dict(input_ids=[1])])
+@pytest.mark.parametrize("source", [5, "x", np.array([[1, 2]]), rast.Request([1]), dict(input_ids=[1])])
 def test_what_is_no_source(model: rast.RastForCausalLM, source: Any) -> None:
-    if source == "x":  # iterable, so its letters are bad requests
-        (sample,) = model.generate_iter(source)
-        assert isinstance(sample.error, TypeError)
-        return
     with pytest.raises(TypeError, match="requests"):
         model.generate_iter(source)
 

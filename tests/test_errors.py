@@ -206,6 +206,50 @@ def test_loading_options(zoo: ModelZoo, options: dict[str, Any], error: Any, say
         load_rast(base, **pair, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        (dict(base=None), TypeError, "base must be a folder"),
+        (dict(expert=5), TypeError, "expert must be a folder"),
+        (dict(expert="b", antiexpert=5), TypeError, "antiexpert must be a folder"),
+        (dict(pairs=[rast.TransferPair("b"), rast.TransferPair("b", 5)]), TypeError, "antiexpert 2 must be a folder"),
+        (dict(pairs=[rast.TransferPair("b", strength="x")]), TypeError, "strength must be a number, not 'x'"),
+        (dict(pairs=[rast.TransferPair("b"), rast.TransferPair("b", strength=1e39)]), ValueError, "finite"),
+        (dict(expert="b", transfer_strength=[1, 2]), TypeError, r"transfer_strength must be a number, not \[1, 2\]"),
+        (dict(expert="b", transfer_strength=None), TypeError, "transfer_strength must be a number, not None"),
+        (dict(transfer_strength=np.array([1.0])), TypeError, "transfer_strength must be a number"),
+        (dict(transfer_strength=2.0), ValueError, "needs an expert"),
+        (dict(progress=5), TypeError, "progress must be callable, not 5"),
+    ],
+)
+def test_wrong_types_are_found_before_anything_is_loaded(options: dict[str, Any], error: Any, says: str) -> None:
+    with pytest.raises(error, match=says):
+        rast.RastForCausalLM.from_pretrained(**{"base": "/no/such/model"} | options)
+
+
+def test_callbacks_that_are_none(model: Any) -> None:
+    with pytest.raises(TypeError, match="progress must be callable"):
+        model.generate(IDS, progress=5)
+    with pytest.raises(TypeError, match="streamer must have put"):
+        model.generate(IDS[0], streamer=5)
+
+
+def test_masks_of_another_shape(model: Any) -> None:
+    with pytest.raises(ValueError, match="row 1 has 1 entries, and 2 ids"):
+        model.forward([[1, 2], [3, 4]], [[1, 1], [1]])
+    with pytest.raises(ValueError, match="it has 1 rows, and they 2"):
+        model.forward([[1, 2], [3, 4]], [[1, 1]])
+    with pytest.raises(TypeError, match="zeros and ones, not text"):
+        model.forward([1, 2], "11")
+
+
+def test_lengths_name_the_row_of_a_batch(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"^row 0: 3 tokens and 100000 new ones exceed"):
+        model.generate(IDS, max_new_tokens=100_000)
+    with pytest.raises(ValueError, match=r"^3 tokens and 100000 new ones exceed"):
+        model.generate(IDS[0], max_new_tokens=100_000)
+
+
 @pytest.mark.parametrize("isa", ["sse9", "", "AVX2"])
 def test_unknown_isa(zoo: ModelZoo, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAST_CPU_ISA", isa)
