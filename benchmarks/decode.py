@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import transformers
 from models import TRIOS, random_trio, smollm2_gguf
 
 import rast
-from rast import _core
+from rast.cli.bench import MemoryRead
 
 PROMPT_LENGTH = 32
 MOST_OTHER_WORK = 0.05  # share of the cores beyond which the results are called not comparable
@@ -46,22 +45,6 @@ def cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-class MemoryRead:
-    """Bytes a second that `threads` threads read from memory together, by a loop in C that does nothing else."""
-
-    def __init__(self, threads: int, bytes_each: int = 256 << 20):
-        self.parts = [np.ones(bytes_each, dtype=np.uint8) for _ in range(threads)]
-        self.pool = ThreadPoolExecutor(threads)
-
-    def __call__(self) -> float:
-        best = 0.0
-        for _ in range(5):
-            start = time.perf_counter()
-            list(self.pool.map(_core.memory_read, self.parts))
-            best = max(best, sum(x.nbytes for x in self.parts) / (time.perf_counter() - start))
-        return best
 
 
 def rast_decode(model: Any, prompts: np.ndarray, tokens: int, **options: Any) -> float:
@@ -172,7 +155,7 @@ def main() -> None:
         gc.collect()
         info = trios["none"].info()
         weights = {name: [net["weight_bytes"] for net in trio.info()["nets"]] for name, trio in trios.items()}
-        read = MemoryRead(args.threads)
+        read = MemoryRead(args.threads, repeats=5)
         report: dict[str, Any] = {
             "shape": shape,
             "cpu": cpu_name(),

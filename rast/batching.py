@@ -8,6 +8,7 @@ import contextvars
 import hashlib
 import itertools
 import operator
+import os
 import time
 import weakref
 from collections import Counter, deque
@@ -79,6 +80,7 @@ class _Source:
         self._asked: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._thread = 0
+        self._process = os.getpid()
         self.late = False
         """An item has been asked for and has not come."""
 
@@ -110,7 +112,7 @@ class _Source:
     def close(self) -> None:
         """Waits until the source is closed, unless it is at work: then it is closed when it has its next item."""
         self._asked.put(False)
-        if self._thread and not self.late:
+        if self._thread and not self.late and self._process == os.getpid():  # a child of fork() has no such thread
             self._answers.get()
 
 

@@ -24,6 +24,11 @@ def in_child(model: object) -> int:
             status = 7 if "fork()" in str(error) else 2
         finally:
             os._exit(status)
+    return exit_status(pid)
+
+
+def exit_status(pid: int) -> int:
+    """-1: it hangs, and was killed."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -48,3 +53,31 @@ def test_child_gets_an_error(zoo: ModelZoo, busy: bool) -> None:
     if busy:
         thread.join()
     np.testing.assert_array_equal(model.generate(PROMPT, max_new_tokens=5), want)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_iterators_in_a_child(zoo: ModelZoo) -> None:
+    """Reading one is an error there, leaving it is not; the parent reads on."""
+    model = load_rast(zoo.folder("qwen2"), num_threads=2)
+    samples = model.generate_iter(({"input_ids": PROMPT, "tag": i} for i in range(4)), max_new_tokens=1)
+    stream = model.stream(PROMPT, max_new_tokens=4, eos_token_id=None)
+    next(stream)
+    next(samples)
+    time.sleep(0.05)  # its source waits to be asked
+
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for iterator in (samples, stream):
+                with pytest.raises(RuntimeError, match="fork"):
+                    next(iterator)
+            samples.close()
+            del samples, stream, iterator
+            status = 7
+        finally:
+            os._exit(status)
+    assert exit_status(pid) == 7
+    assert len(list(samples)) == 3 and len(list(stream)) == 3
+    info = model.cache_info()
+    assert info["n_free"] == info["n_blocks"]

@@ -20,87 +20,75 @@ from rast.cli import common
 _BUFFER = 256 << 20  # bytes a thread reads to measure the memory: more than caches hold
 
 
+@common.loads_models("num_threads")
 def bench(
-    ctx: typer.Context,
-    base: common.Base,
-    expert: common.Expert = None,
-    antiexpert: common.Antiexpert = None,
-    pair: common.Pair = None,
-    transfer_strength: common.Strength = 1.0,
+    load: common.Load,
     batch: Annotated[list[int] | None, typer.Option(metavar="N", help="Sequences at once; may be repeated.")] = None,
     threads: Annotated[list[int] | None, typer.Option(metavar="N", help="Threads; may be repeated.")] = None,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Random tokens of a prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode after it.")] = 32,
     rounds: Annotated[int, typer.Option(metavar="N", help="Of which the medians are shown.")] = 3,
     as_json: common.Json = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    quantization: common.Quantization = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
-    cache_dir: common.CacheDir = None,
-    local_files_only: common.LocalFilesOnly = False,
-    debug: common.Debug = False,
 ) -> None:
     """Measure tokens/s of prefill and decoding: the base alone and with its pairs, for all --batch and --threads.
 
     The roofline of decoding is the speed at which the same threads read memory, measured in the same rounds, over the
     bytes that a step must read: all weights of the models that run, and the KV cache of all sequences.
     """
-    with common.report_errors(debug):
-        batches, counts = batch or [1, 8], threads or [len(os.sched_getaffinity(0))]
-        given = {"batch": batches, "threads": counts, "rounds": [rounds]}
-        given |= {"prompt-tokens": [prompt_tokens], "new-tokens": [new_tokens]}
-        for name, values in given.items():
-            if min(values) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {min(values)}")
-        results: list[dict[str, Any]] = []
-        for n_threads in counts:
-            ctx.params["num_threads"] = n_threads
-            model = common.load_model(ctx)
-            if prompt_tokens + new_tokens + 1 > model.max_context:
-                raise ValueError(
-                    f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} do not fit into the context of "
-                    f"{model.max_context} tokens"
-                )
-            facts = model.info()
-            if not results and not as_json:
-                typer.echo(_head(facts, prompt_tokens, new_tokens, rounds))
-            for size in batches:
-                measured = _measure(model, size, prompt_tokens, new_tokens, rounds)
-                results += measured
-                if not as_json:
-                    typer.echo("\n".join(map(_line, measured)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if not as_json:
-            typer.echo(f"\nmost memory resident at once, mapped weights included: {peak / 2**30:.2f} GiB")
-            return
-        report = {
-            "rast": rast.__version__,
-            "isa": facts["isa"],
-            "nets": facts["nets"],
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-            "peak_memory_bytes": peak,
-            "results": results,
-        }
-        typer.echo(json.dumps(report, ensure_ascii=False))
+    batches, counts = batch or [1, 8], threads or [len(os.sched_getaffinity(0))]
+    given = {"batch": batches, "threads": counts, "rounds": [rounds]}
+    given |= {"prompt-tokens": [prompt_tokens], "new-tokens": [new_tokens]}
+    for name, values in given.items():
+        if min(values) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {min(values)}")
+    results: list[dict[str, Any]] = []
+    for n_threads in counts:
+        model = load(num_threads=n_threads)
+        if prompt_tokens + new_tokens + 1 > model.max_context:
+            raise ValueError(
+                f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} do not fit into the context of "
+                f"{model.max_context} tokens"
+            )
+        facts = model.info()
+        if not results and not as_json:
+            typer.echo(_head(facts, prompt_tokens, new_tokens, rounds))
+        for size in batches:
+            measured = _measure(model, size, prompt_tokens, new_tokens, rounds)
+            results += measured
+            if not as_json:
+                typer.echo("\n".join(map(_line, measured)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not as_json:
+        typer.echo(f"\nmost memory resident at once, mapped weights included: {peak / 2**30:.2f} GiB")
+        return
+    report = {
+        "rast": rast.__version__,
+        "isa": facts["isa"],
+        "nets": facts["nets"],
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "peak_memory_bytes": peak,
+        "results": results,
+    }
+    typer.echo(json.dumps(report, ensure_ascii=False))
 
 
-class _Memory:
-    """Bytes a second that `threads` threads read from memory together."""
+class MemoryRead:
+    """Bytes a second that `threads` threads read from memory together, by a loop in C that does nothing else."""
 
-    def __init__(self, threads: int) -> None:
-        self.parts = [np.ones(_BUFFER, np.uint8) for _ in range(threads)]
-        self.pool = ThreadPoolExecutor(threads)
+    def __init__(self, threads: int, repeats: int = 3) -> None:
+        self._parts = [np.ones(_BUFFER, np.uint8) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads)
+        self._repeats = repeats
 
     def __call__(self) -> float:
+        """The best of the repeats."""
         best = 0.0
-        for _ in range(3):
+        for _ in range(self._repeats):
             start = time.perf_counter()
-            list(self.pool.map(_core.memory_read, self.parts))
-            best = max(best, _BUFFER * len(self.parts) / (time.perf_counter() - start))
+            list(self._pool.map(_core.memory_read, self._parts))
+            best = max(best, _BUFFER * len(self._parts) / (time.perf_counter() - start))
         return best
 
 
@@ -108,7 +96,7 @@ def _measure(model: rast.RastForCausalLM, batch: int, prompt: int, new: int, rou
     """A result for the base and, with pairs, the transfer. They and the memory take turns, after a warm-up."""
     info = model.info()
     nets = info["nets"]
-    memory = _Memory(info["num_threads"])
+    memory = MemoryRead(info["num_threads"])
     rng = np.random.default_rng(0)
     n_ids = min(net["vocab_size"] for net in nets)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import time
@@ -45,18 +47,69 @@ LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Downlo
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="RAST_DEBUG")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_LOADING = (  # what commands that load models call these options, as `from_pretrained` does
-    "expert",
-    "antiexpert",
-    "transfer_strength",
-    "device",
-    "dtype",
-    "num_threads",
-    "max_context",
-    "revision",
-    "cache_dir",
-    "local_files_only",
-)
+
+def _naming(
+    base: Base,
+    expert: Expert = None,
+    antiexpert: Antiexpert = None,
+    pair: Pair = None,
+    transfer_strength: Strength = 1.0,
+) -> None:
+    """The parameters of all commands that load models, before their own."""
+
+
+def _loading(
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    num_threads: NumThreads = None,
+    max_context: MaxContext = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+    debug: Debug = False,
+) -> None:
+    """Those behind their own. Names and meaning are those of `from_pretrained`."""
+
+
+Load = Callable[..., "rast.RastForCausalLM"]
+"""`from_pretrained` of what the options say, with a progress bar; keyword arguments come over them."""
+
+
+def loads_models(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function whose first parameter is a `Load`: adds the options that name and load models, but
+    for those that the command goes without, and reports errors."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = _parameters(command)[1:]
+        parameters = [*_parameters(_naming), *own, *(p for p in _parameters(_loading) if p.name not in without)]
+
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            mine = {parameter.name: options.pop(parameter.name) for parameter in own}
+            with report_errors(options.pop("debug")):
+                command(functools.partial(_load, options), **mine)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
+    """As keyword arguments, which may come in any order."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [p.replace(kind=keyword) for p in inspect.signature(function, eval_str=True).parameters.values()]
+
+
+def _load(options: dict[str, Any], **changes: Any) -> rast.RastForCausalLM:
+    options = options | changes
+    pairs, quantization = parse_pairs(options.pop("pair")), parse_quantization(options.pop("quantization"))
+    with progress_bar() as progress:
+        return rast.RastForCausalLM.from_pretrained(
+            options.pop("base"), pairs=pairs, quantization=quantization, progress=progress, **options
+        )
 
 
 def parse_pairs(texts: list[str] | None) -> list[rast.TransferPair] | None:
@@ -133,20 +186,6 @@ def sequence_progress(shown: bool, what: str = "") -> Iterator[Callable[[int, in
                 bars.update(task, completed=done, total=total, tokens=tokens)
 
         yield show
-
-
-def load_model(ctx: typer.Context) -> rast.RastForCausalLM:
-    """`from_pretrained` of what a command's options (Base … LocalFilesOnly above) say, with a progress bar."""
-    params = ctx.params
-    options = {name: params[name] for name in _LOADING}
-    with progress_bar() as progress:
-        return rast.RastForCausalLM.from_pretrained(
-            params["base"],
-            pairs=parse_pairs(params["pair"]),
-            quantization=parse_quantization(params["quantization"]),
-            progress=progress,
-            **options,
-        )
 
 
 @contextmanager

@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from rast.outputs import GenerateOutput
 
 
+@common.loads_models()
 def generate(
-    ctx: typer.Context,
-    base: common.Base,
-    expert: common.Expert = None,
-    antiexpert: common.Antiexpert = None,
-    pair: common.Pair = None,
-    transfer_strength: common.Strength = 1.0,
+    load: common.Load,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text; may be given several times.")
     ] = None,
@@ -64,72 +60,62 @@ def generate(
     ] = None,
     as_json: common.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary.")] = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    quantization: common.Quantization = None,
-    num_threads: common.NumThreads = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
-    cache_dir: common.CacheDir = None,
-    local_files_only: common.LocalFilesOnly = False,
-    debug: common.Debug = False,
 ) -> None:
     """Continue text from --prompt, --file or standard input.
 
     Options that are not given come from the base's generation_config.json, then from transformers' defaults.
     """
-    with common.report_errors(debug):
-        given: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "max_length": max_length,
-            "min_new_tokens": min_new_tokens,
-            "min_length": min_length,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "num_return_sequences": num_return_sequences,
-            "eos_token_id": eos_token_id or None,
-            "suppress_tokens": suppress_tokens or None,
-            "bad_words_ids": None if bad_words_ids is None else _json("--bad-words-ids", bad_words_ids),
-            "stop_strings": stop_strings or None,
-            "max_time": max_time,
-            "transfer_start": transfer_start,
-            "seed": seed,
-        }
-        options = {name: value for name, value in given.items() if value is not None}
-        if system is not None and not chat:
-            raise ValueError("--system needs --chat")
-        texts = _read_prompts(prompt, file)
-        model = common.load_model(ctx)
-        if model.tokenizer is None:
-            raise ValueError(f"{base} has no tokenizer, so text cannot be turned into token ids")
-        ids = [_encode(model.tokenizer, text, chat, system) for text in texts]
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
+        "min_new_tokens": min_new_tokens,
+        "min_length": min_length,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "num_return_sequences": num_return_sequences,
+        "eos_token_id": eos_token_id or None,
+        "suppress_tokens": suppress_tokens or None,
+        "bad_words_ids": None if bad_words_ids is None else _json("--bad-words-ids", bad_words_ids),
+        "stop_strings": stop_strings or None,
+        "max_time": max_time,
+        "transfer_start": transfer_start,
+        "seed": seed,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat")
+    texts = _read_prompts(prompt, file)
+    model = load()
+    if model.tokenizer is None:
+        raise ValueError(f"{model.roles['base']} has no tokenizer, so text cannot be turned into token ids")
+    ids = [_encode(model.tokenizer, text, chat, system) for text in texts]
 
-        one = len(ids) * options.get("num_return_sequences", 1) == 1
-        if stream and (as_json or not one):
-            raise ValueError("--stream is for one sequence as text: one prompt, one sample, no --json")
-        if stream is None:
-            stream = one and not as_json and sys.stdout.isatty()
-        streamer = TextStreamer(model.tokenizer, skip_prompt=True) if stream else None
-        start = time.monotonic()
-        with common.sequence_progress(not stream and not quiet) as report:
-            out: GenerateOutput = model.generate(
-                ids, streamer=streamer, progress=report, return_dict_in_generate=True, **options
-            )
-        seconds = time.monotonic() - start
+    one = len(ids) * options.get("num_return_sequences", 1) == 1
+    if stream and (as_json or not one):
+        raise ValueError("--stream is for one sequence as text: one prompt, one sample, no --json")
+    if stream is None:
+        stream = one and not as_json and sys.stdout.isatty()
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True) if stream else None
+    start = time.monotonic()
+    with common.sequence_progress(not stream and not quiet) as report:
+        out: GenerateOutput = model.generate(
+            ids, streamer=streamer, progress=report, return_dict_in_generate=True, **options
+        )
+    seconds = time.monotonic() - start
 
-        if as_json:
-            typer.echo(json.dumps(_as_dict(texts, model.tokenizer, out, seconds), ensure_ascii=False))
-        elif not stream:
-            _print_texts(model.tokenizer, out, len(texts))
-        if not quiet:
-            n = int(out.new_lengths.sum())
-            rate = f"{n / seconds:.1f} tokens/s" if seconds else ""
-            reasons = ", ".join(sorted(set(out.finish_reason)))
-            typer.echo(f"{n} tokens in {seconds:.2f} s ({rate}), seed {out.seed}, finish: {reasons}", err=True)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(texts, model.tokenizer, out, seconds), ensure_ascii=False))
+    elif not stream:
+        _print_texts(model.tokenizer, out, len(texts))
+    if not quiet:
+        n = int(out.new_lengths.sum())
+        rate = f"{n / seconds:.1f} tokens/s" if seconds else ""
+        reasons = ", ".join(sorted(set(out.finish_reason)))
+        typer.echo(f"{n} tokens in {seconds:.2f} s ({rate}), seed {out.seed}, finish: {reasons}", err=True)
 
 
 def _json(name: str, text: str) -> Any:

@@ -11,37 +11,23 @@ import typer
 from rast.cli import common
 
 
+@common.loads_models()
 def info(
-    ctx: typer.Context,
-    base: common.Base,
-    expert: common.Expert = None,
-    antiexpert: common.Antiexpert = None,
-    pair: common.Pair = None,
-    transfer_strength: common.Strength = 1.0,
+    load: common.Load,
     check: Annotated[bool, typer.Option("--check", help="Also look for NaN and Inf in the weights.")] = False,
     as_json: common.Json = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    quantization: common.Quantization = None,
-    num_threads: common.NumThreads = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
-    cache_dir: common.CacheDir = None,
-    local_files_only: common.LocalFilesOnly = False,
-    debug: common.Debug = False,
 ) -> None:
     """Show architecture, size and memory of each role, the device, and warnings. With --check, exit code 1 if weights
     hold NaN or Inf."""
-    with common.report_errors(debug):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # they are part of the output
-            model = common.load_model(ctx)
-        facts = model.info()
-        if check:
-            facts["not_finite"] = _check([net["path"] for net in facts["nets"]])
-        typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else _as_text(facts))
-        if facts.get("not_finite"):
-            raise typer.Exit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they are part of the output
+        model = load()
+    facts = model.info()
+    if check:
+        facts["not_finite"] = _check([net["path"] for net in facts["nets"]])
+    typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else _as_text(facts))
+    if facts.get("not_finite"):
+        raise typer.Exit(1)
 
 
 def _check(paths: list[str]) -> list[dict[str, Any]]:
