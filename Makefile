@@ -104,9 +104,9 @@ $(BUILD)/librast.a: $(OBJECTS)
 $(BUILD)/librast.so: $(OBJECTS)
 	$(CC) $(FLAGS) $(CFLAGS) -shared $^ -o $@ $(LDFLAGS) -lm
 
-$(BUILD)/tests/%: tests/c/%.c $(BUILD)/librast.a
+$(BUILD)/tests/%: tests/c/%.c $(BUILD)/librast.a tests/c/check.h
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $^ -o $@ $(LDFLAGS) -lm
+	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $(filter-out %.h,$^) -o $@ $(LDFLAGS) -lm
 
 c-programs: $(BUILD)/generate $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
 

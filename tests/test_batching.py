@@ -162,6 +162,27 @@ def test_waiting_samples_can_be_cancelled(one_net: _core.Model) -> None:
     assert engine.info()["n_free"] == engine.info()["n_blocks"]
 
 
+def test_samples_in_any_state_can_be_dropped(one_net: _core.Model) -> None:
+    """Running, waiting with their blocks given up, and not begun; the others go on as if they had been alone."""
+    others = [request(ids_of(7 + i, 20), max_new=60, seed=i, tag=i) for i in range(3)]
+    want = [new_engine(one_net).run([other])[0]["tokens"].tolist() for other in others]
+    engine = new_engine(one_net, n_blocks=5, max_seqs=4)
+    dropped, kept = _core.Session(engine), _core.Session(engine)
+    kept.submit(others[0])
+    dropped.submit(request(ids_of(0, 20), max_new=100, n_samples=300))
+    kept.submit(others[1])
+    dropped.submit(request(ids_of(1, 20), max_new=100))
+    kept.submit(others[2])
+    got: list[list[int]] = [[], [], []]
+    while engine.busy:
+        for result in kept.step():
+            got[result["tag"]] += result["tokens"].tolist()
+        if engine.info()["preempted"]:
+            dropped = None  # type: ignore[assignment]
+    assert dropped is None and got == want
+    assert engine.info()["n_free"] == engine.info()["n_blocks"]
+
+
 def test_a_deadline_ends_requests_that_have_not_begun(one_net: _core.Model) -> None:
     engine = new_engine(one_net, max_seqs=1)
     results = engine.run(

@@ -6,41 +6,26 @@
  * thread counts, from saved logits, and one sequence at a time, and must give the same bits.
  */
 #include "../../csrc/backends/cpu/draw.h"
-#include "../../csrc/rng.h"
+#include "check.h"
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include <inttypes.h>
 #include <string.h>
-
-#define CHECK(condition, ...)                                                                                          \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: seed %llu: %s: ", __FILE__, __LINE__, (unsigned long long)scene_seed, #condition); \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fprintf(stderr, "\n");                                                                                     \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 enum { MAX_TERMS = 5, K = 40, SLOTS = 8, MASKS = 3, MAX_UNCOMMON = 40 };
 enum { ALL_ROWS = RAST_DRAW_LOGITS | RAST_DRAW_SCORES | RAST_DRAW_PARTS };
 
-static uint64_t scene_seed, rng_state;
+/* Begins a scene. */
+static void set_seed(uint64_t seed) {
+    static char text[32];
+    snprintf(text, sizeof text, "seed %" PRIu64, seed);
+    checking = text;
+    rng_state = seed;
+}
 
-static uint64_t rng(void) { return rast_mix(rng_state += 0x9E3779B97F4A7C15u); }
-static size_t below(size_t n) { return (size_t)(rng() % n); }
-static int chance(double p) { return (double)(rng() >> 11) * 0x1p-53 < p; }
 static float normal(void) {
     double s = 0;
     for (int i = 0; i < 12; i++) s += (double)(rng() >> 11) * 0x1p-53;
     return (float)(s - 6);
-}
-
-static void *zeroed(size_t n, size_t size) {
-    void *p = calloc(n ? n : 1, size);
-    CHECK(p, "out of memory");
-    return p;
 }
 
 /* ---- scenes ------------------------------------------------------------------------------------------------------ */
@@ -140,7 +125,7 @@ static void make_draw(scene *s, size_t o) {
 
 static void make_scene(scene *s, uint64_t seed, const cpu_kernels *k) {
     static const size_t vocabs[] = {1, 2, 5, 31, 127, 128, 129, 1000, 1024, 1025, 2531, 5003};
-    scene_seed = rng_state = seed;
+    set_seed(seed);
     *s = (scene){.n_terms = 1 + below(MAX_TERMS), .n_vocab = vocabs[below(sizeof vocabs / sizeof *vocabs)]};
     s->n_out = chance(0.05) && s->n_vocab < 1100 ? 120 + below(150) : 1 + below(12);
     s->flat = chance(0.1);
@@ -582,7 +567,7 @@ static void test_base_off(rast_ctx *ctx, const cpu_kernels *k, uint64_t seed) {
 static void test_draw(const cpu_kernels *k, uint64_t seed) {
     enum { TILES = 8 };
     float x[TILES * DRAW_TILE];
-    scene_seed = rng_state = seed;
+    set_seed(seed);
     const float scale = 0.5f * (float)below(8);
     for (size_t i = 0; i < TILES * DRAW_TILE; i++) x[i] = chance(0.05) ? -INFINITY : scale * normal();
     for (uint32_t position = 0; position < 8; position++) {

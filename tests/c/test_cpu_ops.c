@@ -5,36 +5,16 @@
  * sanitizer sees every read too far.
  */
 #include "../../csrc/backends/cpu/cpu.h"
-#include "../../csrc/rng.h"
+#include "check.h"
 
 #include <fenv.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define CHECK(condition, ...)                                                                                          \
-    do {                                                                                                               \
-        n_checks++;                                                                                                    \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, isa, #condition);                                   \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fprintf(stderr, "\n");                                                                                     \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
 enum { BLOCK = RAST_BLOCK_TOKENS, MAX_DIM = 512 };
 
-static const char *isa = "", *const type_names[] = {"f32", "bf16", "f16"};
-static size_t n_checks;
-static uint64_t rng_state = 1;
-
-static uint64_t rng(void) { return rast_mix(rng_state += 0x9E3779B97F4A7C15u); }
-static size_t below(size_t n) { return (size_t)(rng() % n); }
-static float uniform(void) { return (float)((double)(rng() >> 11) * 0x1p-52 - 1); }
+static const char *const type_names[] = {"f32", "bf16", "f16"};
 
 static size_t size_of(int32_t type) { return type == RAST_F32 ? 4 : 2; }
 
@@ -54,11 +34,7 @@ static double value_of(const void *p, size_t i, int32_t type) {
         memcpy(&f, &bits, 4);
         return f;
     }
-    const int exponent = h >> 10 & 31, fraction = h & 1023;
-    const double size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                        : exponent == 0 ? ldexp(fraction, -24)
-                                        : ldexp(1024 + fraction, exponent - 25);
-    return h >> 15 ? -size : size;
+    return half_value(h);
 }
 
 typedef struct { /* n elements that begin one element behind an allocation's begin and end where it ends */
@@ -831,7 +807,7 @@ static void test_device_errors(void) {
 static void test_isa(const cpu_kernels *k) {
     static const int32_t threads[] = {1, 2, 5};
     device devices[3];
-    isa = k->name;
+    checking = k->name;
     test_store(k);
     test_dot(k);
     test_norm(k);

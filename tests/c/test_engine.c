@@ -1,23 +1,12 @@
 /* test_engine.c: the engine on a device that fails: every call of a run that can fail (memory, submission) fails once, and the
  * step is tried again. Tokens stay as they were, and every block comes back. */
+#include "check.h"
 #include "engine/engine.h"
 
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { VOCAB = 61, HIDDEN = 32, HEADS = 2, HEAD_DIM = 16, INNER = 48, LAYERS = 2, N_NETS = 3, N_REQUESTS = 5 };
 enum { MAX_NEW = 48, MAX_SAMPLES = 3 };
-
-#define CHECK(ok, ...)                                                                                                 \
-    do {                                                                                                               \
-        if (!(ok)) {                                                                                                   \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #ok);                                                   \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fputc('\n', stderr);                                                                                       \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 /* ---- a device whose n-th call fails ------------------------------------------------------------------------------------ */
 
@@ -45,15 +34,10 @@ static int failing_wait(rast_ctx *ctx, rast_event event, rast_error *err) {
 
 /* ---- three small nets --------------------------------------------------------------------------------------------------- */
 
-static uint32_t rng_state = 1;
-
 static float *random_floats(size_t n) {
     float *x = malloc(n * sizeof *x);
     CHECK(x, "memory");
-    for (size_t i = 0; i < n; i++) {
-        rng_state = rng_state * 1664525u + 1013904223u;
-        x[i] = (float)(rng_state >> 8) / (float)(1 << 24) - 0.5f;
-    }
+    for (size_t i = 0; i < n; i++) x[i] = uniform() / 2;
     return x;
 }
 

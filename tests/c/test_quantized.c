@@ -4,33 +4,11 @@
  * Inputs of kernels lie in memory of exactly their size, so that a sanitizer sees every read too far.
  */
 #include "../../csrc/backends/cpu/cpu.h"
-#include "../../csrc/rng.h"
+#include "check.h"
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define CHECK(condition, ...)                                                                                          \
-    do {                                                                                                               \
-        n_checks++;                                                                                                    \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, isa, #condition);                                   \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fprintf(stderr, "\n");                                                                                     \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
-static const char *isa = "";
 static const char *const type_names[] = {"f32", "bf16", "f16", "q8_0", "q4_0", "q4_1", "q4_64"};
-static size_t n_checks;
-static uint64_t rng_state = 1;
-
-static uint64_t rng(void) { return rast_mix(rng_state += 0x9E3779B97F4A7C15u); }
-static size_t below(size_t n) { return (size_t)(rng() % n); }
-static float uniform(void) { return (float)((double)(rng() >> 11) * 0x1p-52 - 1); }
-
 static void *allocate(size_t bytes) {
     void *p = malloc(bytes);
     CHECK(p, "out of memory");
@@ -39,13 +17,7 @@ static void *allocate(size_t bytes) {
 
 /* ---- the types, element by element ------------------------------------------------------------------------------- */
 
-static double half_value(const uint8_t *p) {
-    const int h = p[0] | p[1] << 8, exponent = h >> 10 & 31, fraction = h & 1023;
-    const double size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                        : exponent == 0 ? ldexp(fraction, -24)
-                                        : ldexp(1024 + fraction, exponent - 25);
-    return h >> 15 ? -size : size;
-}
+static double stored_half(const uint8_t *p) { return half_value(p[0] | p[1] << 8); }
 
 static void put_half(uint8_t *p, int h) { p[0] = (uint8_t)h, p[1] = (uint8_t)(h >> 8); }
 
@@ -53,7 +25,7 @@ static void put_half(uint8_t *p, int h) { p[0] = (uint8_t)h, p[1] = (uint8_t)(h 
 static double element(const uint8_t *row, int32_t type, size_t i, double *scale, int *q, double *min) {
     const size_t group = rast_type_group(type), j = i % group;
     const uint8_t *block = row + rast_row_bytes(type, i - j);
-    *scale = half_value(block);
+    *scale = stored_half(block);
     *min = 0;
     if (type == RAST_Q8_0) {
         *q = (int8_t)block[2 + j];
@@ -63,7 +35,7 @@ static double element(const uint8_t *row, int32_t type, size_t i, double *scale,
         if (type == RAST_Q4_0)
             *q -= 8;
         else
-            *min = half_value(block + 2);
+            *min = stored_half(block + 2);
     }
     return *scale * *q + *min;
 }
@@ -282,7 +254,7 @@ static void test_product(const cpu_kernels *k, const cpu_kernels *twin, const pr
 
 static void test_products(const cpu_kernels *k, const cpu_kernels *twin) {
     static const size_t depths[] = {32, 64, 96, 160, 256, 288, 576};
-    isa = k->name;
+    checking = k->name;
     for (int32_t type = RAST_Q8_0; type < RAST_N_TYPES; type++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
             for (int round = 0; round < 6 && depths[d] % rast_type_group(type) == 0; round++) {
@@ -418,10 +390,10 @@ int main(void) {
     test_weights(kernels[0]);
     for (size_t i = 0; i < n; i++) {
         const cpu_kernels *twin = kernels[i];
-        isa = kernels[i]->name;
+        checking = kernels[i]->name;
 #if defined(__x86_64__)
         /* A machine with VNNI runs its variant under the same name; the other one must give the same bits. */
-        if (strncmp(isa, "avx512", 6) == 0) twin = &cpu_kernels_avx512;
+        if (strncmp(checking, "avx512", 6) == 0) twin = &cpu_kernels_avx512;
 #endif
         test_activations(kernels[i]);
         test_products(kernels[i], twin);
