@@ -669,8 +669,11 @@ class RastForCausalLM:
         self._check_process()
         with self._making_engine:
             if self._engine is None:
-                self._engine = _core.Engine(self._core_model, **self._budget)
+                self._engine = self._new_engine()
             return self._engine
+
+    def _new_engine(self) -> _core.Engine:
+        return _core.Engine(self._core_model, **self._budget)
 
     def _run(self, requests: list[_core.Request], on_tokens: _core.OnTokens | None = None) -> list[_core.Result]:
         results = self._shared_engine().run(requests, on_tokens)
