@@ -182,6 +182,7 @@ struct rast_engine {
     rast_job *first_job, *last_job, *next_job; /* next_job: the first of which samples are still to be made */
     rast_sample **running;                     /* in order of arrival: all before those in `parked` */
     rast_sample **parked;                      /* a stack, first come on top: preempted, or made and without room yet */
+    rast_sample **order;                       /* `running` once more, sorted while a step is planned */
     size_t n_running, n_parked;                /* at most max_seqs together */
     double check_at;                           /* when requests that have not begun may have to end */
     int32_t *free_slots;

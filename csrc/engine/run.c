@@ -110,8 +110,8 @@ static int upload(rast_engine *e, rast_event *event, rast_error *err) {
 static void resolve(rast_engine *e) {
     for (int32_t i = 0; i < e->plan.n_passes; i++) {
         rast_pass *p = &e->plan.passes[i].pass;
-        rast_dev *fields[] = {&p->count,   &p->token,   &p->pos,     &p->row_seg,
-                              &p->seg_row, &p->seg_ctx, &p->out_row, &p->block_table};
+        rast_dev *fields[] = {&p->count,   &p->token,   &p->pos,         &p->row_seg,      &p->seg_row,
+                              &p->seg_ctx, &p->out_row, &p->block_table, &p->prefix_blocks};
         for (size_t f = 0; f < sizeof fields / sizeof *fields; f++) *fields[f] += e->arena.dev;
         p->drawn = e->drawn;
     }
