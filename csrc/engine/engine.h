@@ -157,6 +157,8 @@ typedef struct {
     int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
 
+enum { RAST_MAX_VIEWS = 256 }; /* that are kept from step to step */
+
 typedef struct {
     uint64_t mask;
     rast_view *view;

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_VIEWS = 256 }; /* kept from step to step */
-
 /* At least `bytes`, contents not kept. */
 static int ensure(rast_engine *e, rast_rows *r, size_t bytes, rast_error *err) {
     const rast_ops *ops = e->model->ops;
@@ -191,7 +189,7 @@ static void record_combine(rast_engine *e) {
 static int run_plan(rast_engine *e, rast_error *err) {
     const rast_ops *ops = e->model->ops;
     rast_event event;
-    if (e->n_views > MAX_VIEWS) free_views(e);
+    if (e->n_views > RAST_MAX_VIEWS) free_views(e);
     int status = prepare(e, err);
     if (status == RAST_OK) status = upload(e, &event, err);
     if (status) return status;
