@@ -125,6 +125,21 @@ def test_copies_or_each_alone(trio: tuple[Path, ...]) -> None:
     assert_same(run(model, [PROMPTS[3]] * 9, **OPTIONS["sampled"]), want[:9], "nine times the same prompt")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_common_header(trio: tuple[Path, ...], dtype: str, isa: str) -> None:
+    """Prompts that share more than one of attention's segments of 256 keys, and samples that share a whole prompt."""
+    (header,) = random_prompts(1, 1031, seed=5, low=330, high=330)
+    prompts = [np.concatenate([header, own]) for own in random_prompts(4, 1031, seed=6, low=1, high=70)]
+    model = load_rast(*trio, dtype=dtype)
+    options = OPTIONS["sampled"] | {"num_return_sequences": 5}
+    together = run(model, [*prompts, PROMPTS[2]], **options)
+    assert model.cache_info()["reused"] > 4 * len(header)
+    for i in (0, 3):
+        alone = load_rast(*trio, dtype=dtype)
+        assert_same(run(alone, prompts[i], **options), together[5 * i : 5 * i + 5], f"prompt {i}")
+        assert_same(run(alone, prompts[i], **OPTIONS["sampled"]), together[5 * i : 5 * i + 1], f"prompt {i}, alone")
+
+
 def test_strengths_side_by_side(trio: tuple[Path, ...]) -> None:
     """Requests of one batch with different strengths, 0 among them."""
     model = load_rast(*trio)

@@ -54,8 +54,9 @@ typedef struct { /* one pass of one group of equal-shaped models; all integer ar
     rast_dev seg_ctx;     /* [segs] keys after this pass: the position of the segment's last row + 1 */
     rast_dev block_table; /* [segs, table_stride] logical block ids, the same for every model */
     int32_t table_stride;
-    rast_dev prefix_group, prefix_blocks; /* [segs] segments with equal group share their first blocks; 0 = unknown */
-    rast_dev out_row; /* [outs] row that needs logits, or -1: this group has no part in that output */
+    rast_dev
+        prefix_blocks; /* [segs] leading blocks that a segment has in common with the one before it; or 0: unknown */
+    rast_dev out_row;  /* [outs] row that needs logits, or -1: this group has no part in that output */
 } rast_pass;
 
 typedef struct {          /* KV storage of one layer of a group, by logical block */

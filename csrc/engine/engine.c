@@ -63,6 +63,7 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
     e->work = calloc((size_t)m->n_classes, sizeof *e->work);
     e->running = calloc(n_seqs, sizeof(rast_sample *));
     e->parked = calloc(n_seqs, sizeof(rast_sample *));
+    e->order = calloc(n_seqs, sizeof(rast_sample *));
     e->free_slots = calloc(n_seqs, sizeof *e->free_slots);
     e->plan.passes = calloc(n_nets, sizeof *e->plan.passes);
     e->terms = calloc(n_nets, sizeof *e->terms);
@@ -72,8 +73,8 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
     e->logprob = calloc(n_out, sizeof *e->logprob);
     e->stats = calloc(n_out, sizeof *e->stats);
     e->errors = calloc(n_seqs, sizeof *e->errors);
-    if (!e->kv || !e->work || !e->running || !e->parked || !e->free_slots || !e->plan.passes || !e->terms ||
-        !e->rows_left || !e->results || !e->token || !e->logprob || !e->stats || !e->errors) {
+    if (!e->kv || !e->work || !e->running || !e->parked || !e->order || !e->free_slots || !e->plan.passes ||
+        !e->terms || !e->rows_left || !e->results || !e->token || !e->logprob || !e->stats || !e->errors) {
         rast_fail(err, RAST_ERR_MEMORY, "no memory for an engine of %d samples", e->max_seqs);
         goto fail;
     }
@@ -123,7 +124,7 @@ void rast_engine_free(rast_engine *e) {
     rast_blocks_clear(&e->blocks);
     void *plain[] = {e->kv,        e->work,        e->views,      e->running,    e->parked,  e->terms,
                      e->results,   e->token,       e->free_slots, e->arena.host, e->logprob, e->stats,
-                     e->rows_left, e->plan.passes, e->chunks,     e->errors};
+                     e->rows_left, e->plan.passes, e->chunks,     e->errors,     e->order};
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
     free(e);
 }

@@ -157,6 +157,8 @@ typedef struct {
     int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
 
+enum { RAST_MAX_VIEWS = 256 }; /* that are kept from step to step */
+
 typedef struct {
     uint64_t mask;
     rast_view *view;
@@ -182,6 +184,7 @@ struct rast_engine {
     rast_job *first_job, *last_job, *next_job; /* next_job: the first of which samples are still to be made */
     rast_sample **running;                     /* in order of arrival: all before those in `parked` */
     rast_sample **parked;                      /* a stack, first come on top: preempted, or made and without room yet */
+    rast_sample **order;                       /* `running` once more, sorted while a step is planned */
     size_t n_running, n_parked;                /* at most max_seqs together */
     double check_at;                           /* when requests that have not begun may have to end */
     int32_t *free_slots;

@@ -319,6 +319,26 @@ static int same_rows(const rast_engine *e, int32_t a, int32_t b) {
     return 1;
 }
 
+static int by_blocks(const void *x, const void *y) {
+    const rast_sample *a = *(rast_sample *const *)x, *b = *(rast_sample *const *)y;
+    const size_t n = a->n_blocks < b->n_blocks ? a->n_blocks : b->n_blocks;
+    const int order = memcmp(a->blocks, b->blocks, n * sizeof *a->blocks);
+    return order ? order : (a->n_blocks > b->n_blocks) - (a->n_blocks < b->n_blocks);
+}
+
+/* Samples that begin with the same blocks follow each other in a pass, so that a device can read these once. */
+static void order_samples(rast_engine *e) {
+    memcpy(e->order, e->running, e->n_running * sizeof *e->order);
+    qsort(e->order, e->n_running, sizeof *e->order, by_blocks);
+}
+
+/* Leading ones that two tables have in common, of n_a and n_b blocks. */
+static int32_t common_blocks(const int32_t *a, size_t n_a, const int32_t *b, size_t n_b) {
+    size_t n = 0;
+    while (n < n_a && n < n_b && a[n] == b[n]) n++;
+    return (int32_t)n;
+}
+
 static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
     const int32_t net = p->nets[0];
     rast_pass *pass = &p->pass;
@@ -346,16 +366,19 @@ static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
     if (status == RAST_OK) status = arena_take_ints(a, rows, &pass->row_seg, err);
     if (status == RAST_OK) status = arena_take_ints(a, segs + 1, &pass->seg_row, err);
     if (status == RAST_OK) status = arena_take_ints(a, segs, &pass->seg_ctx, err);
+    if (status == RAST_OK) status = arena_take_ints(a, segs, &pass->prefix_blocks, err);
     if (status == RAST_OK) status = arena_take_ints(a, (size_t)pass->cap_out, &pass->out_row, err);
     if (status == RAST_OK) status = arena_take_ints(a, segs * (size_t)pass->table_stride, &pass->block_table, err);
     if (status) return status;
 
     int32_t *count = ints(a, pass->count), *token = ints(a, pass->token), *pos = ints(a, pass->pos);
     int32_t *row_seg = ints(a, pass->row_seg), *seg_row = ints(a, pass->seg_row), *seg_ctx = ints(a, pass->seg_ctx);
-    int32_t *out_row = ints(a, pass->out_row), *table = ints(a, pass->block_table);
+    int32_t *out_row = ints(a, pass->out_row), *prefix = ints(a, pass->prefix_blocks);
+    int32_t *table = ints(a, pass->block_table);
+    size_t n_before = 0; /* blocks of the segment before */
     int32_t row = 0, seg = 0;
     for (size_t i = 0; i < e->n_running; i++) {
-        const rast_sample *s = e->running[i];
+        const rast_sample *s = e->order[i];
         if (!s->scheduled) continue;
         const size_t from = s->start[net], end = s->end[net];
         for (size_t o = 0; o < s->n_prompt_out + s->n_draw_out; o++) {
@@ -365,8 +388,11 @@ static int fill_pass(rast_engine *e, rast_pass_plan *p, rast_error *err) {
         if (from == end) continue;
         seg_row[seg] = row;
         seg_ctx[seg] = (int32_t)end;
-        for (size_t b = 0; b * RAST_BLOCK_TOKENS < end; b++)
-            table[(size_t)seg * (size_t)pass->table_stride + b] = s->blocks[b];
+        const size_t n_blocks = rast_blocks_for(end);
+        memcpy(table, s->blocks, n_blocks * sizeof *table);
+        if (seg) prefix[seg] = common_blocks(table, n_blocks, table - pass->table_stride, n_before);
+        n_before = n_blocks;
+        table += pass->table_stride;
         for (size_t t = from; t < end; t++, row++) {
             token[row] = t < s->n_ids ? s->ids[t] : s->draft[t - s->n_ids];
             if (s->fresh && t == s->n_ids - 1) token[row] = -1 - s->slot;
@@ -417,6 +443,7 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
         count_outputs(e, e->running[i]);
     }
 
+    order_samples(e);
     e->arena.used = 0;
     int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
     if (status == RAST_OK)

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_VIEWS = 256 }; /* kept from step to step */
-
 /* At least `bytes`, contents not kept. */
 static int ensure(rast_engine *e, rast_rows *r, size_t bytes, rast_error *err) {
     const rast_ops *ops = e->model->ops;
@@ -110,8 +108,8 @@ static int upload(rast_engine *e, rast_event *event, rast_error *err) {
 static void resolve(rast_engine *e) {
     for (int32_t i = 0; i < e->plan.n_passes; i++) {
         rast_pass *p = &e->plan.passes[i].pass;
-        rast_dev *fields[] = {&p->count,   &p->token,   &p->pos,     &p->row_seg,
-                              &p->seg_row, &p->seg_ctx, &p->out_row, &p->block_table};
+        rast_dev *fields[] = {&p->count,   &p->token,   &p->pos,         &p->row_seg,      &p->seg_row,
+                              &p->seg_ctx, &p->out_row, &p->block_table, &p->prefix_blocks};
         for (size_t f = 0; f < sizeof fields / sizeof *fields; f++) *fields[f] += e->arena.dev;
         p->drawn = e->drawn;
     }
@@ -191,7 +189,7 @@ static void record_combine(rast_engine *e) {
 static int run_plan(rast_engine *e, rast_error *err) {
     const rast_ops *ops = e->model->ops;
     rast_event event;
-    if (e->n_views > MAX_VIEWS) free_views(e);
+    if (e->n_views > RAST_MAX_VIEWS) free_views(e);
     int status = prepare(e, err);
     if (status == RAST_OK) status = upload(e, &event, err);
     if (status) return status;

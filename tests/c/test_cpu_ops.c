@@ -298,7 +298,7 @@ static void test_random(const cpu_kernels *k) {
 static void test_attend(const cpu_kernels *k) {
     static const size_t dims[] = {2, 6, 16, 24, 64, 80, 96, 128, 256, 512};
     enum { KEYS = 256, MAX_Q = 9 };
-    static float m[MAX_Q], l[MAX_Q], acc[MAX_Q * MAX_DIM], m1[1], l1[1], acc1[MAX_DIM];
+    static float scores[MAX_Q * KEYS], out[MAX_Q * (MAX_DIM + 2)], alone[MAX_DIM + 2];
     for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
         for (int32_t type = 0; type < RAST_N_DTYPES; type++)
             for (int round = 0; round < 6; round++) {
@@ -306,11 +306,11 @@ static void test_attend(const cpu_kernels *k) {
                 const size_t lo = round % 2 ? below(KEYS - 1) : 0, hi = lo + 1 + below(KEYS - lo);
                 const size_t first = lo / BLOCK, last = (hi - 1) / BLOCK;
                 array q = array_random(n_q * dim, RAST_F32, k), ks[8], vs[8];
-                const void *kp[8] = {0}, *vp[8] = {0};
-                const float bad = NAN;
+                cpu_keys keys = {.lo = lo, .hi = hi};
+                const float bad = NAN, *m = out, *l = out + n_q, *acc = out + 2 * n_q;
                 for (size_t b = first; b <= last; b++) {
                     ks[b] = array_random(BLOCK * dim, type, k), vs[b] = array_random(BLOCK * dim, type, k);
-                    kp[b] = ks[b].data, vp[b] = vs[b].data;
+                    keys.k[b] = ks[b].data, keys.v[b] = vs[b].data;
                     for (size_t t = 0; t < BLOCK; t++) { /* what is not seen may hold anything */
                         if (b * BLOCK + t >= lo && b * BLOCK + t < hi) continue;
                         for (size_t i = 0; i < dim; i++) {
@@ -319,7 +319,7 @@ static void test_attend(const cpu_kernels *k) {
                         }
                     }
                 }
-                k->attend(floats(&q), n_q, dim, kp, vp, type, lo, hi, m, l, acc);
+                k->attend(floats(&q), 1, n_q, dim, &keys, 8, type, scores, out);
                 for (size_t h = 0; h < n_q; h++) {
                     double score[KEYS], max = -INFINITY, sum = 0;
                     for (size_t t = lo; t < hi; t++) {
@@ -339,13 +339,45 @@ static void test_attend(const cpu_kernels *k) {
                               "head_dim %zu, %s, keys %zu to %zu: %g, not %g", dim, type_names[type], lo, hi,
                               acc[h * dim + i], want);
                     }
-                    k->attend(floats(&q) + h * dim, 1, dim, kp, vp, type, lo, hi, m1, l1, acc1);
-                    CHECK(m[h] == *m1 && l[h] == *l1 && memcmp(acc + h * dim, acc1, 4 * dim) == 0,
+                    k->attend(floats(&q) + h * dim, 1, 1, dim, &keys, 8, type, scores, alone);
+                    CHECK(m[h] == alone[0] && l[h] == alone[1] && memcmp(acc + h * dim, alone + 2, 4 * dim) == 0,
                           "a head's bits differ alone");
                 }
                 for (size_t b = first; b <= last; b++) array_free(&ks[b]), array_free(&vs[b]);
                 array_free(&q);
             }
+}
+
+/* Rows that have their first blocks in common, in one call: the bits of each alone. */
+static void test_attend_shared(const cpu_kernels *k) {
+    static const size_t dims[] = {6, 64, 80, 128};
+    enum { KEYS = 256, BLOCKS = KEYS / BLOCK, MAX_ROWS = 6, MAX_Q = 8 };
+    static float scores[MAX_ROWS * MAX_Q * KEYS], out[MAX_ROWS * MAX_Q * (MAX_DIM + 2)], alone[MAX_Q * (MAX_DIM + 2)];
+    for (int round = 0; round < 60; round++) {
+        const size_t dim = dims[below(4)], n_q = 1 + below(MAX_Q), n_rows = 1 + below(MAX_ROWS);
+        const size_t shared = below(BLOCKS + 1), floats_of_row = cpu_partial_floats(n_q, dim);
+        const int32_t type = (int32_t)below(RAST_N_DTYPES);
+        array q = array_random(n_rows * n_q * dim, RAST_F32, k);
+        array data = array_random((n_rows + 1) * BLOCKS * 2 * BLOCK * dim, type, k);
+        cpu_keys keys[MAX_ROWS] = {0};
+        for (size_t r = 0; r < n_rows; r++) {
+            keys[r].lo = round % 2 ? below(KEYS) : 0;
+            keys[r].hi = round % 3 ? keys[r].lo + 1 + below(KEYS - keys[r].lo) : KEYS;
+            for (size_t b = keys[r].lo / BLOCK; b * BLOCK < keys[r].hi; b++) { /* others are not there */
+                const size_t block = (b < shared ? 0 : r + 1) * BLOCKS + b;
+                keys[r].k[b] = data.data + 2 * block * BLOCK * dim * size_of(type);
+                keys[r].v[b] = data.data + (2 * block + 1) * BLOCK * dim * size_of(type);
+            }
+        }
+        k->attend(floats(&q), n_rows, n_q, dim, keys, shared, type, scores, out);
+        for (size_t r = 0; r < n_rows; r++) {
+            k->attend(floats(&q) + r * n_q * dim, 1, n_q, dim, &keys[r], BLOCKS, type, scores, alone);
+            CHECK(memcmp(out + r * floats_of_row, alone, 4 * floats_of_row) == 0,
+                  "head_dim %zu, %s, row %zu of %zu, %zu heads, %zu blocks shared: its bits differ alone", dim,
+                  type_names[type], r, n_rows, n_q, shared);
+        }
+        array_free(&q), array_free(&data);
+    }
 }
 
 /* ---- ops --------------------------------------------------------------------------------------------------------- */
@@ -816,6 +848,7 @@ static void test_isa(const cpu_kernels *k) {
     test_stats(k);
     test_random(k);
     test_attend(k);
+    test_attend_shared(k);
     for (size_t t = 0; t < 3; t++) devices[t] = device_open(threads[t], k->name);
     for (int32_t wt = 0; wt < RAST_N_DTYPES; wt++)
         for (int32_t xt = 0; xt < RAST_N_DTYPES; xt++)

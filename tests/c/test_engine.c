@@ -6,7 +6,7 @@
 #include <string.h>
 
 enum { VOCAB = 61, HIDDEN = 32, HEADS = 2, HEAD_DIM = 16, INNER = 48, LAYERS = 2, N_NETS = 3, N_REQUESTS = 5 };
-enum { MAX_NEW = 48, MAX_SAMPLES = 3 };
+enum { MAX_NEW = 48, MAX_SAMPLES = 3, MANY_NETS = 11 };
 
 /* ---- a device whose n-th call fails ------------------------------------------------------------------------------------ */
 
@@ -80,14 +80,15 @@ static void make_weights(weights *w) {
         }
 }
 
-static rast_model *make_model(weights w[N_NETS]) {
-    rast_net nets[N_NETS];
+/* n nets, which take turns in using the weights. */
+static rast_model *make_model(const weights w[N_NETS], size_t n) {
+    rast_net nets[MANY_NETS];
     const rast_device device = {.n_threads = 2};
     rast_error err;
     rast_model *m;
-    for (int i = 0; i < N_NETS; i++) {
-        make_weights(&w[i]);
-        nets[i] = (rast_net){.name = "net", .tensors = w[i].tensors, .n_tensors = w[i].n, .dtype = RAST_F32};
+    for (size_t i = 0; i < n; i++) {
+        const weights *of = &w[i % N_NETS];
+        nets[i] = (rast_net){.name = "net", .tensors = of->tensors, .n_tensors = of->n, .dtype = RAST_F32};
         nets[i].config = (rast_config){.n_layers = LAYERS,
                                        .n_heads = HEADS,
                                        .n_kv_heads = 1,
@@ -100,7 +101,7 @@ static rast_model *make_model(weights w[N_NETS]) {
                                        .rope_theta = 1e4f,
                                        .tie_word_embeddings = 1};
     }
-    CHECK(!rast_model_new(&device, nets, N_NETS, NULL, &m, &err), "%s", err.message);
+    CHECK(!rast_model_new(&device, nets, n, NULL, &m, &err), "%s", err.message);
     return m;
 }
 
@@ -189,9 +190,60 @@ static void run(rast_model *m, size_t n_blocks, long n, outcome *out) {
     rast_engine_free(e);
 }
 
+/* One request, and its tokens. */
+static void run_alone(rast_engine *e, const rast_request *r, sequence *out) {
+    rast_error err;
+    out->n = 0;
+    CHECK(!rast_engine_add(e, r, NULL, &err), "%s", err.message);
+    while (rast_engine_busy(e)) {
+        const rast_chunk *chunks;
+        size_t n;
+        CHECK(!rast_engine_step(e, &chunks, &n, &err), "%s", err.message);
+        for (size_t i = 0; i < n; i++) {
+            CHECK(chunks[i].finish != RAST_FINISH_ERROR, "%s", chunks[i].error->message);
+            memcpy(out->token + out->n, chunks[i].token, chunks[i].n * sizeof(int32_t));
+            out->n += chunks[i].n;
+        }
+        CHECK(e->n_views <= RAST_MAX_VIEWS + 2 * MANY_NETS, "%zu views are kept", e->n_views);
+    }
+}
+
+/* Requests that each run another set of nets: what the engine keeps of a set is bounded, and nothing shows of that. */
+static void test_many_sets_of_nets(const weights w[N_NETS]) {
+    rast_model *m = make_model(w, MANY_NETS);
+    rast_engine *old, *fresh;
+    rast_error err;
+    size_t n_dropped = 0, before = 0;
+    CHECK(!rast_engine_new(m, NULL, &old, &err), "%s", err.message);
+    for (unsigned set = 0; set < 1u << (MANY_NETS - 1); set++) {
+        float coef[MANY_NETS] = {1};
+        sequence got, want;
+        for (unsigned net = 1; net < MANY_NETS; net++) coef[net] = set >> (net - 1) & 1 ? 0.1f * (float)net : 0;
+        const rast_request r = {.ids = prompt[set % N_REQUESTS],
+                                .n_ids = 1 + set % 5,
+                                .n_samples = 1,
+                                .coef = coef,
+                                .n_coef = MANY_NETS,
+                                .sampling = {.temperature = 1, .top_p = 1, .repetition_penalty = 1},
+                                .stop = {.max_new = 3}};
+        run_alone(old, &r, &got);
+        n_dropped += old->n_views < before;
+        before = old->n_views;
+        if (set % 41) continue;
+        CHECK(!rast_engine_new(m, NULL, &fresh, &err), "%s", err.message);
+        run_alone(fresh, &r, &want);
+        CHECK(got.n == 3 && want.n == 3 && !memcmp(got.token, want.token, 3 * sizeof *got.token), "set %u", set);
+        rast_engine_free(fresh);
+    }
+    CHECK(n_dropped >= 2, "views were dropped %zu times", n_dropped);
+    rast_engine_free(old);
+    rast_model_free(m);
+}
+
 int main(void) {
     weights w[N_NETS];
-    rast_model *m = make_model(w);
+    for (int i = 0; i < N_NETS; i++) make_weights(&w[i]);
+    rast_model *m = make_model(w, N_NETS);
     rast_ops ops = rast_cpu_ops;
     outcome *roomy = malloc(sizeof *roomy), *got = malloc(sizeof *got);
     CHECK(roomy && got, "memory");
@@ -219,6 +271,7 @@ int main(void) {
         run(m, 200, n, got);
         CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "other tokens after call %ld failed", n);
     }
+    test_many_sets_of_nets(w);
     free(roomy);
     free(got);
     rast_model_free(m);

@@ -4,7 +4,8 @@
  * keys, those of an output are dimensions, and no sum runs across lanes but the softmax's.
  *
  * A row's keys are taken in segments of 256 absolute positions. Each gives a partial result of its own, and these are merged
- * in order: the same roundings whether one thread does all segments of a row or several share them.
+ * in order: the same roundings whether one thread does all segments of a row or several share them. A unit is a few rows, which
+ * go through each segment together: what they have in common of it, a prompt's own keys or a shared prefix, is read once.
  */
 #include <math.h>
 #include <string.h>
@@ -12,9 +13,10 @@
 #include "ops.h"
 
 enum {
-    SEGMENT = 256, /* keys */
-    SEGMENT_BLOCKS = SEGMENT / RAST_BLOCK_TOKENS,
-    FEW_UNITS = 8, /* units a thread below which segments of a row are shared out */
+    SEGMENT_BLOCKS = CPU_SEGMENT / RAST_BLOCK_TOKENS,
+    TILE_QUERIES = 6,  /* that one call of a kernel takes; more where a row has more */
+    UNIT_QUERIES = 24, /* that go through a segment after each other, while it stays in the cache */
+    FEW_UNITS = 8,     /* units a thread below which rows go alone, and then segments of a row */
 };
 
 typedef struct {
@@ -25,14 +27,17 @@ typedef struct {
     int32_t interleaved;
     size_t window;
     float scale;
-    float *partial;    /* [units, n_segments, partial_floats], or NULL: a unit does its segments itself */
+    size_t tile_rows, unit_rows; /* of a call of the kernel; of a unit */
+    float *partial;    /* [units, n_segments, unit_rows, row_floats], or NULL: a unit does its segments itself */
     size_t n_segments; /* of the longest context */
 } attention_args;
 
 static size_t group_of(const rast_kv *kv) { return (size_t)kv->n_heads / (size_t)kv->n_kv_heads; }
 
-/* A partial result: m [group], l [group], acc [group, head_dim]. */
-static size_t partial_floats(const rast_kv *kv) { return group_of(kv) * ((size_t)kv->head_dim + 2); }
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+/* A row's result of one K/V head, partial or whole: m [group], l [group], acc [group, head_dim]. */
+static size_t row_floats(const rast_kv *kv) { return cpu_partial_floats(group_of(kv), (size_t)kv->head_dim); }
 
 static uint8_t *block_of(const attention_args *a, size_t model, size_t seg, size_t position) {
     const int32_t *blocks = cpu_ints(a->pass.block_table) + seg * (size_t)a->pass.table_stride;
@@ -84,38 +89,66 @@ void cpu_rope_kv(rast_queue *q, const rast_pass *pass, rast_dev query, rast_dev 
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */
 
-typedef struct { /* one row and K/V head of a model, and the keys it sees: [lo, hi) */
-    size_t model, seg, head, row, lo, hi;
+typedef struct { /* a K/V head of a model and the rows [first, first + n) of the pass */
+    size_t model, head, first, n;
 } place;
 
+static size_t n_rows_of(const attention_args *a) { return (size_t)cpu_ints(a->pass.count)[RAST_OF_ROWS]; }
+
 static place place_of(const attention_args *a, size_t unit) {
-    const size_t n_rows = (size_t)cpu_ints(a->pass.count)[RAST_OF_ROWS], n_kv = (size_t)a->kv.n_kv_heads;
-    const size_t r = unit % n_rows; /* rows of a head follow each other: they share keys */
-    place p = {.model = unit / n_rows / n_kv, .head = unit / n_rows % n_kv, .hi = (size_t)cpu_ints(a->pass.pos)[r] + 1};
-    p.seg = (size_t)cpu_ints(a->pass.row_seg)[r];
-    p.row = p.model * (size_t)a->pass.cap_rows + r;
-    p.lo = a->window && p.hi > a->window ? p.hi - a->window : 0;
-    return p;
+    const size_t n_rows = n_rows_of(a), n_kv = (size_t)a->kv.n_kv_heads;
+    const size_t n_chunks = (n_rows + a->unit_rows - 1) / a->unit_rows; /* those of a head follow each other */
+    const size_t first = unit % n_chunks * a->unit_rows;
+    return (place){unit / n_chunks / n_kv, unit / n_chunks % n_kv, first, least(n_rows - first, a->unit_rows)};
 }
 
-/* The partial result of one segment; 0 if the row sees no key in it. q: room for the scaled queries. */
-static int attend_segment(const attention_args *a, const place *p, size_t segment, float *q, float *partial) {
+static size_t row_at(const attention_args *a, const place *p, size_t r) {
+    return p->model * (size_t)a->pass.cap_rows + p->first + r;
+}
+
+typedef struct { /* keys that a row sees: [lo, hi) */
+    size_t lo, hi;
+} range;
+
+static range range_of(const attention_args *a, const place *p, size_t r) {
+    const size_t hi = (size_t)cpu_ints(a->pass.pos)[p->first + r] + 1;
+    return (range){a->window && hi > a->window ? hi - a->window : 0, hi};
+}
+
+/* What row r sees of a segment; 0 if nothing. */
+static int find_keys(const attention_args *a, const place *p, size_t r, size_t segment, cpu_keys *keys) {
     const rast_kv *kv = &a->kv;
-    const size_t base = segment * SEGMENT, lo = p->lo > base ? p->lo - base : 0;
-    const size_t hi = p->hi < base + SEGMENT ? p->hi - base : SEGMENT;
-    if (p->hi <= base || lo >= hi) return 0;
-    const size_t dim = (size_t)kv->head_dim, group = group_of(kv), size = cpu_type_bytes(kv->type);
-    const size_t head = p->head * dim * RAST_BLOCK_TOKENS * size;
-    const void *k[SEGMENT_BLOCKS] = {NULL}, *v[SEGMENT_BLOCKS] = {NULL};
-    for (size_t b = lo / RAST_BLOCK_TOKENS; b * RAST_BLOCK_TOKENS < hi; b++) {
-        const uint8_t *block = block_of(a, p->model, p->seg, base + b * RAST_BLOCK_TOKENS);
-        k[b] = block + head;
-        v[b] = block + kv->v_offset + head;
+    const size_t base = segment * CPU_SEGMENT, seg = (size_t)cpu_ints(a->pass.row_seg)[p->first + r];
+    const size_t head = p->head * (size_t)kv->head_dim * RAST_BLOCK_TOKENS * cpu_type_bytes(kv->type);
+    const range seen = range_of(a, p, r);
+    if (seen.hi <= base || seen.lo >= base + CPU_SEGMENT) return 0;
+    keys->lo = seen.lo > base ? seen.lo - base : 0;
+    keys->hi = least(seen.hi - base, CPU_SEGMENT);
+    for (size_t b = keys->lo / RAST_BLOCK_TOKENS; b * RAST_BLOCK_TOKENS < keys->hi; b++) {
+        const uint8_t *block = block_of(a, p->model, seg, base + b * RAST_BLOCK_TOKENS);
+        keys->k[b] = block + head;
+        keys->v[b] = block + kv->v_offset + head;
     }
-    const float *query = (const float *)cpu_ptr(a->q) + (p->row * (size_t)kv->n_heads + p->head * group) * dim;
-    for (size_t i = 0; i < group * dim; i++) q[i] = query[i] * a->scale;
-    a->k->attend(q, group, dim, k, v, kv->type, lo, hi, partial, partial + group, partial + 2 * group);
     return 1;
+}
+
+/* Leading blocks that row r has in common with the row before it. */
+static size_t shared_blocks(const attention_args *a, const place *p, size_t r) {
+    const int32_t *seg = cpu_ints(a->pass.row_seg) + p->first + r;
+    if (seg[0] == seg[-1]) return SIZE_MAX;
+    return a->pass.prefix_blocks ? (size_t)cpu_ints(a->pass.prefix_blocks)[seg[0]] : 0;
+}
+
+/* Room that attend_segment wants, in floats: for the queries of a unit, and for a tile's scores. */
+static size_t query_floats(const attention_args *a) { return a->unit_rows * group_of(&a->kv) * (size_t)a->kv.head_dim; }
+static size_t score_floats(const attention_args *a) { return a->tile_rows * group_of(&a->kv) * CPU_SEGMENT; }
+
+static void scale_queries(const attention_args *a, const place *p, float *q) {
+    const size_t dim = (size_t)a->kv.head_dim, n = group_of(&a->kv) * dim;
+    for (size_t r = 0; r < p->n; r++) {
+        const float *row = (const float *)cpu_ptr(a->q) + row_at(a, p, r) * (size_t)a->kv.n_heads * dim + p->head * n;
+        for (size_t i = 0; i < n; i++) q[r * n + i] = row[i] * a->scale;
+    }
 }
 
 /* to += from */
@@ -130,51 +163,93 @@ static void merge(float *to, const float *from, size_t group, size_t dim) {
     }
 }
 
-static void finish(const attention_args *a, const place *p, float *total) {
+/* Partial results of a segment, out: [rows, row_floats]; the place of a row that sees nothing of it keeps what it held. */
+static void attend_segment(const attention_args *a, const place *p, size_t segment, const float *q, float *scores,
+                           float *out) {
+    const size_t group = group_of(&a->kv), dim = (size_t)a->kv.head_dim, before = segment * SEGMENT_BLOCKS;
+    cpu_keys keys[TILE_QUERIES];
+    for (size_t r = 0, n; r < p->n; r += n ? n : 1) {
+        size_t shared = SIZE_MAX;
+        for (n = 0; n < a->tile_rows && r + n < p->n; n++) { /* rows that follow each other and see something */
+            if (!find_keys(a, p, r + n, segment, &keys[n])) break;
+            if (n) shared = least(shared, shared_blocks(a, p, r + n));
+        }
+        if (n)
+            a->k->attend(q + r * group * dim, n, group, dim, keys, shared > before ? shared - before : 0, a->kv.type,
+                         scores, out + r * row_floats(&a->kv));
+    }
+}
+
+static void finish(const attention_args *a, const place *p, size_t r, float *total) {
     const rast_kv *kv = &a->kv;
     const size_t dim = (size_t)kv->head_dim, group = group_of(kv);
-    const size_t at = (p->row * (size_t)kv->n_heads + p->head * group) * dim;
+    const size_t at = (row_at(a, p, r) * (size_t)kv->n_heads + p->head * group) * dim;
     for (size_t h = 0; h < group; h++)
         for (size_t i = 0; i < dim; i++) total[2 * group + h * dim + i] /= total[group + h];
     a->k->store(total + 2 * group, (char *)cpu_ptr(a->y) + at * cpu_type_bytes(a->pass.act_type), group * dim,
                 a->pass.act_type);
 }
 
-static void row_unit(const void *args, size_t unit, const cpu_worker *worker) {
+static void rows_unit(const void *args, size_t unit, const cpu_worker *worker) {
     const attention_args *a = args;
-    const size_t floats = partial_floats(&a->kv), group = group_of(&a->kv), dim = (size_t)a->kv.head_dim;
+    const size_t floats = row_floats(&a->kv), group = group_of(&a->kv), dim = (size_t)a->kv.head_dim;
     const place p = place_of(a, unit);
-    float *total = worker->scratch, *partial = total + floats, *q = partial + floats;
-    int any = 0;
-    for (size_t s = p.lo / SEGMENT; s * SEGMENT < p.hi; s++) {
-        if (!attend_segment(a, &p, s, q, any ? partial : total)) continue;
-        if (any) merge(total, partial, group, dim);
-        any = 1;
+    float *total = worker->scratch, *partial = total + a->unit_rows * floats;
+    float *q = partial + a->unit_rows * floats, *scores = q + query_floats(a);
+    size_t begin = SIZE_MAX, end = 0;
+    for (size_t r = 0; r < p.n; r++) {
+        const range seen = range_of(a, &p, r);
+        begin = least(begin, seen.lo / CPU_SEGMENT);
+        end = seen.hi > end ? seen.hi : end;
     }
-    finish(a, &p, total);
+    scale_queries(a, &p, q);
+    for (size_t s = begin; s * CPU_SEGMENT < end; s++) {
+        attend_segment(a, &p, s, q, scores, s == begin ? total : partial);
+        for (size_t r = 0; r < p.n && s > begin; r++) {
+            const range seen = range_of(a, &p, r);
+            if (seen.lo / CPU_SEGMENT == s)
+                memcpy(total + r * floats, partial + r * floats, floats * sizeof *total);
+            else if (seen.lo / CPU_SEGMENT < s && seen.hi > s * CPU_SEGMENT)
+                merge(total + r * floats, partial + r * floats, group, dim);
+        }
+    }
+    for (size_t r = 0; r < p.n; r++) finish(a, &p, r, total + r * floats);
+}
+
+static float *partial_at(const attention_args *a, size_t unit, size_t segment) {
+    return a->partial + (unit * a->n_segments + segment) * a->unit_rows * row_floats(&a->kv);
 }
 
 static void segment_unit(const void *args, size_t unit, const cpu_worker *worker) {
     const attention_args *a = args;
     const place p = place_of(a, unit / a->n_segments);
-    attend_segment(a, &p, unit % a->n_segments, worker->scratch, a->partial + unit * partial_floats(&a->kv));
+    float *q = worker->scratch;
+    scale_queries(a, &p, q);
+    attend_segment(a, &p, unit % a->n_segments, q, q + query_floats(a),
+                   partial_at(a, unit / a->n_segments, unit % a->n_segments));
 }
 
 static void merge_unit(const void *args, size_t unit, const cpu_worker *worker) {
     const attention_args *a = args;
-    const size_t floats = partial_floats(&a->kv), group = group_of(&a->kv), dim = (size_t)a->kv.head_dim;
+    const size_t floats = row_floats(&a->kv), group = group_of(&a->kv), dim = (size_t)a->kv.head_dim;
     const place p = place_of(a, unit);
-    float *row = a->partial + unit * a->n_segments * floats, *total = row + p.lo / SEGMENT * floats;
     (void)worker;
-    for (size_t s = p.lo / SEGMENT + 1; s * SEGMENT < p.hi; s++) merge(total, row + s * floats, group, dim);
-    finish(a, &p, total);
+    for (size_t r = 0; r < p.n; r++) {
+        const range seen = range_of(a, &p, r);
+        size_t s = seen.lo / CPU_SEGMENT;
+        float *total = partial_at(a, unit, s) + r * floats;
+        while (++s * CPU_SEGMENT < seen.hi) merge(total, partial_at(a, unit, s) + r * floats, group, dim);
+        finish(a, &p, r, total);
+    }
+}
+
+static size_t units_of(const attention_args *a) {
+    return (n_rows_of(a) + a->unit_rows - 1) / a->unit_rows * (size_t)a->pass.n_models * (size_t)a->kv.n_kv_heads;
 }
 
 void cpu_attention(rast_queue *q, const rast_pass *pass, rast_dev query, const rast_kv *kv, int32_t window, float scale,
                    rast_dev y) {
-    const size_t n_units =
-        (size_t)cpu_ints(pass->count)[RAST_OF_ROWS] * (size_t)pass->n_models * (size_t)kv->n_kv_heads;
-    const size_t floats = partial_floats(kv), q_floats = group_of(kv) * (size_t)kv->head_dim;
+    const size_t group = group_of(kv), floats = row_floats(kv), few = FEW_UNITS * (size_t)cpu_queue_threads(q);
     attention_args a = {.k = cpu_queue_kernels(q),
                         .pass = *pass,
                         .kv = *kv,
@@ -185,14 +260,17 @@ void cpu_attention(rast_queue *q, const rast_pass *pass, rast_dev query, const r
     size_t context = 0;
     for (int32_t s = 0; s < cpu_ints(pass->count)[1]; s++)
         if ((size_t)cpu_ints(pass->seg_ctx)[s] > context) context = (size_t)cpu_ints(pass->seg_ctx)[s];
-    a.n_segments = (context + SEGMENT - 1) / SEGMENT;
-    const size_t threads = (size_t)cpu_queue_threads(q);
-    if (threads > 1 && a.n_segments > 1 && n_units < FEW_UNITS * threads) {
-        a.partial = cpu_temp(q, n_units * a.n_segments * floats * sizeof(float));
+    a.n_segments = (context + CPU_SEGMENT - 1) / CPU_SEGMENT;
+    a.tile_rows = group < TILE_QUERIES ? TILE_QUERIES / group : 1;
+    a.unit_rows = group < UNIT_QUERIES ? UNIT_QUERIES / group / a.tile_rows * a.tile_rows : 1;
+    while (a.unit_rows > a.tile_rows && units_of(&a) < few) a.unit_rows -= a.tile_rows;
+    const size_t n_units = units_of(&a), room = query_floats(&a) + score_floats(&a);
+    if (cpu_queue_threads(q) > 1 && a.n_segments > 1 && n_units < few) {
+        a.partial = cpu_temp(q, n_units * a.n_segments * a.unit_rows * floats * sizeof(float));
         if (!a.partial) return;
-        cpu_record(q, segment_unit, n_units * a.n_segments, &a, sizeof a, q_floats * sizeof(float));
+        cpu_record(q, segment_unit, n_units * a.n_segments, &a, sizeof a, room * sizeof(float));
         cpu_record(q, merge_unit, n_units, &a, sizeof a, 0);
         return;
     }
-    cpu_record(q, row_unit, n_units, &a, sizeof a, (2 * floats + q_floats) * sizeof(float));
+    cpu_record(q, rows_unit, n_units, &a, sizeof a, (2 * a.unit_rows * floats + room) * sizeof(float));
 }

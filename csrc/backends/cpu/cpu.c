@@ -1,7 +1,6 @@
 /* cpu.c: the CPU as a device: memory, weights in place, and queues of tasks. */
 #include <errno.h>
 #include <sched.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -9,6 +8,7 @@
 #include <unistd.h>
 
 #include "../../error.h"
+#include "limits.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -71,9 +71,10 @@ static int choose_kernels(const char *name, const cpu_kernels **out, rast_error 
 
 static int32_t usable_cores(void) {
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-    const long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n > 0 ? (int32_t)n : 1;
+    const int32_t quota = cpu_quota("");
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+    return n < 1 ? 1 : n < quota ? (int32_t)n : quota;
 }
 
 static void cpu_close(rast_ctx *ctx) {
@@ -128,42 +129,16 @@ static void cpu_release(rast_ctx *ctx, rast_dev memory) {
     munmap(start, total);
 }
 
-/* A line "name: number" of a file, in units of `unit` bytes; SIZE_MAX if it is not there. */
-static size_t read_number(const char *path, const char *name, size_t unit) {
-    FILE *f = fopen(path, "r");
-    char line[256];
-    size_t value = SIZE_MAX;
-    if (!f) return value;
-    while (value == SIZE_MAX && fgets(line, sizeof line, f)) {
-        unsigned long long number;
-        const size_t len = strlen(name);
-        if (strncmp(line, name, len) == 0 && sscanf(line + len, "%llu", &number) == 1) value = (size_t)number;
-    }
-    fclose(f);
-    return value == SIZE_MAX || !rast_mul(value, unit, &value) ? SIZE_MAX : value;
-}
-
-static size_t less(size_t a, size_t b) { return a < b ? a : b; }
-
 static size_t cpu_free_memory(rast_ctx *ctx) {
-    size_t available = read_number("/proc/meminfo", "MemAvailable:", 1024);
-    const size_t group = read_number("/sys/fs/cgroup/memory.max", "", 1);
-    const size_t used = read_number("/sys/fs/cgroup/memory.current", "", 1);
+    size_t left = cpu_memory_left("");
     struct rlimit limit;
     (void)ctx;
-    if (group != SIZE_MAX && used != SIZE_MAX) { /* file pages, mapped weights among them, give way */
-        const size_t idle = read_number("/sys/fs/cgroup/memory.stat", "inactive_file ", 1);
-        const size_t busy = read_number("/sys/fs/cgroup/memory.stat", "active_file ", 1);
-        size_t left = group > used ? group - used : 0;
-        if (idle != SIZE_MAX) left += idle;
-        if (busy != SIZE_MAX) left += busy;
-        available = less(available, left);
-    }
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
-        const size_t mapped = read_number("/proc/self/status", "VmSize:", 1024), most = (size_t)limit.rlim_cur;
-        if (mapped != SIZE_MAX) available = less(available, most > mapped ? most - mapped : 0);
+        const size_t mapped = cpu_memory_mapped(""), most = (size_t)limit.rlim_cur;
+        const size_t room = most > mapped ? most - mapped : 0;
+        if (mapped != SIZE_MAX && left > room) left = room;
     }
-    return available == SIZE_MAX ? (size_t)1 << 30 : available;
+    return left == SIZE_MAX ? (size_t)1 << 30 : left;
 }
 
 static int cpu_bind(rast_ctx *ctx, const rast_tensor *t, rast_weight *out, rast_error *err) {

@@ -31,6 +31,16 @@ typedef struct {
     float max_b[CPU_LANES], sum_b[CPU_LANES]; /* base */
 } cpu_stats;
 
+enum { CPU_SEGMENT = 256 }; /* keys of a partial attention, at most */
+
+typedef struct { /* the keys [lo, hi) of a segment that a row sees, lo < hi <= CPU_SEGMENT */
+    size_t lo, hi;
+    const void *k[CPU_SEGMENT / RAST_BLOCK_TOKENS]; /* a head's K and V by block, from block lo / 32 on */
+    const void *v[CPU_SEGMENT / RAST_BLOCK_TOKENS];
+} cpu_keys;
+
+static inline size_t cpu_partial_floats(size_t n_q, size_t head_dim) { return n_q * (head_dim + 2); }
+
 typedef struct {
     const char *name;
     cpu_dot_fn dot[RAST_N_DTYPES][RAST_N_DTYPES]; /* [weight type][activation type] */
@@ -49,11 +59,12 @@ typedef struct {
     void (*glu)(const float *gate, const float *up, size_t n, void *y, int32_t y_type);
     void (*rope)(float *x, const float *cos_sin, size_t head_dim, int32_t interleaved); /* one head, in place */
 
-    /* Partial attention of n_q query heads that share one K/V head, of one row, over keys [lo, hi) of the blocks given:
-     * k, v: [ceil(hi/32)] pointers to this head's K and V in each block (first needed is lo/32). q: [n_q, head_dim]
-     * float32, already scaled. Out: m, l [n_q] (max score, sum of exp), acc [n_q, head_dim] (unnormalised). lo < hi <= 256. */
-    void (*attend)(const float *q, size_t n_q, size_t head_dim, const void *const *k, const void *const *v,
-                   int32_t type, size_t lo, size_t hi, float *m, float *l, float *acc);
+    /* Partial attention of n_rows rows, each with n_q query heads that share one K/V head. q: [n_rows, n_q, head_dim]
+     * float32, already scaled. The first `shared` blocks are the same for all rows and read once for several of them. scores:
+     * scratch, [n_rows, n_q, CPU_SEGMENT]. out: [n_rows, cpu_partial_floats()], a row's as m, l [n_q] (max score, sum of
+     * exp) and acc [n_q, head_dim] (unnormalised). */
+    void (*attend)(const float *q, size_t n_rows, size_t n_q, size_t head_dim, const cpu_keys *keys, size_t shared,
+                   int32_t type, float *scores, float *out);
 
     /* e[i] = exp(x[i]) for x <= 88 (beyond: e^88), relative error below 2e-7, exp(-inf) = 0; n a multiple of CPU_LANES */
     void (*exp)(const float *x, float *e, size_t n);
