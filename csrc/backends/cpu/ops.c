@@ -5,8 +5,11 @@
 
 enum {
     COPY_UNIT = 1 << 20,   /* bytes */
-    MATMUL_UNIT = 1 << 16, /* bytes of weights that one unit reads, to stay in L2 for all rows */
-    MATMUL_ROWS = 64,      /* most weight rows of a unit */
+    MATMUL_UNIT = 1 << 16, /* bytes of weights that one unit reads */
+    MANY_ROWS = 32, /* more activation rows than these come from L3 for every unit, so that it had better be large: */
+    LARGE_UNIT = 1 << 19, /* what stays in L2 beside them, */
+    THREAD_UNITS = 4,     /* but so many units for each thread */
+    MATMUL_ROWS = 64,     /* most weight rows of a unit */
     MAX_JOBS = 4,
 };
 
@@ -239,16 +242,27 @@ static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker)
         for (size_t i = 0; i < n; i++) y[r * n_out + i] += bias[i];
 }
 
+/* Weight rows of a unit, a multiple of `least`: no result depends on it. */
+static size_t unit_rows(const rast_weight *w, size_t n_rows, size_t n_models, size_t n_threads, size_t least) {
+    size_t rows = MATMUL_UNIT / w->stride;
+    if (n_rows > MANY_ROWS) {
+        const size_t large = LARGE_UNIT / w->stride, share = (size_t)w->out * n_models / (n_threads * THREAD_UNITS);
+        const size_t most = large < share ? large : share;
+        if (most > rows) rows = most;
+    }
+    if (rows > MATMUL_ROWS) rows = MATMUL_ROWS;
+    return rows < least ? least : rows / least * least;
+}
+
 void cpu_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32_t n) {
     for (; n > 0; jobs += MAX_JOBS, n -= MAX_JOBS) {
+        const size_t n_threads = (size_t)cpu_queue_threads(q), n_rows = (size_t)n_of(pass, RAST_OF_ROWS);
         matmul_args a = {.k = cpu_queue_kernels(q), .pass = *pass};
         const int32_t n_jobs = n < MAX_JOBS ? n : MAX_JOBS;
         for (int32_t j = 0; j < n_jobs; j++) {
             const rast_weight *w = jobs[j].w[0];
             const size_t least = w->type < RAST_N_DTYPES ? 4 : CPU_LANES; /* what a kernel takes together */
-            size_t rows = MATMUL_UNIT / w->stride / least * least;
-            if (rows < least) rows = least;
-            if (rows > MATMUL_ROWS) rows = MATMUL_ROWS;
+            const size_t rows = unit_rows(w, n_rows, (size_t)pass->n_models, n_threads, least);
             a.jobs[j] = jobs[j];
             a.rows[j] = rows;
             a.units[j + 1] = a.units[j] + (size_t)pass->n_models * (((size_t)w->out + rows - 1) / rows);
