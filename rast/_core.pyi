@@ -106,7 +106,8 @@ class Request(TypedDict, total=False):
     eos: NDArray[np.int32]
     stop_strings: Sequence[bytes]
     max_time: float
-    n_draft: int
+    n_draft: int  # -1: as many as give the most tokens a second
+    draft_net: int  # 0: drafts come from earlier ids only
     want: int  # WANT_* flags or-ed
     prompt_from: int
 

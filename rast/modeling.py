@@ -581,6 +581,10 @@ class RastForCausalLM:
         coefficients[:, 0] += 1
         return coefficients.astype(np.float32)
 
+    def _draft_net(self, coefficients: NDArray[np.float32]) -> int:
+        """The net that drafts: the first expert that is part of the sum, and not the base itself; 0: none."""
+        return next((int(expert) for expert, _ in self._pairs if expert and coefficients[expert]), 0)
+
     def _active(self, coefficients: NDArray[Any]) -> list[_Net]:
         """Nets that run: the base, and those with a part in the sum."""
         return self._nets[:1] + [net for net, c in zip(self._nets[1:], coefficients[1:], strict=True) if c]
@@ -611,7 +615,15 @@ class RastForCausalLM:
             copy = copies[ids.tobytes()]
             copies[ids.tobytes()] += opts.num_return_sequences
             requests.append(
-                {**shared, "ids": ids, "coef": coefficients[row], "tag": row, "first_copy": copy, "want": want}
+                {
+                    **shared,
+                    "ids": ids,
+                    "coef": coefficients[row],
+                    "draft_net": self._draft_net(coefficients[row]),
+                    "tag": row,
+                    "first_copy": copy,
+                    "want": want,
+                }
             )
         return requests
 

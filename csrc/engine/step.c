@@ -147,6 +147,8 @@ static rast_finish collect_draws(rast_engine *e, rast_sample *s) {
     if (s->job->want & RAST_WANT_SCORES)
         c->scores = (const float *)e->scores.host + (size_t)s->first_scores * (size_t)e->model->n_vocab;
     c->finish = finish;
+    c->n_drafted = s->n_draft;
+    rast_pace_learn(e, s, n);
     return finish;
 }
 
@@ -178,13 +180,13 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     status = rast_admit(e, err);
     e->n_parked = end_stopped(e, e->parked, e->n_parked, now); /* those that found no room in time */
     if (status == RAST_OK) status = end_unmade(e, now, err);
+    if (status == RAST_OK && e->n_running) status = rast_draft(e, err);
     if (status == RAST_OK && e->n_running) status = rast_plan_step(e, err);
     if (status == RAST_OK && e->n_running) status = rast_run_plan(e, err);
     if (status) return status;
     *chunks = e->chunks;
     if (e->n_running) {
         e->n_steps++;
-        e->n_rows += e->plan.n_rows;
         for (size_t o = 0; o < e->plan.n_out; o++) {
             e->token[o] = e->results[o].token;
             e->logprob[o] = e->results[o].logprob;
