@@ -2,9 +2,12 @@
 
     python benchmarks/speculation.py --size 5 --folder models
 
-Expert is SmolLM2-135M, antiexpert a copy with disturbed normalisation weights. The base is SmolLM2 grown to `--size` times the
-cost of one small model by layers that hardly change the residual stream: what they add is `--noise` strong, which sets how
-often drafts stand, while text stays text. Its costs are those of a model with as many weights.
+Expert is SmolLM2-135M, antiexpert a copy with disturbed normalisation weights. The base is SmolLM2 grown to `--size`
+times the cost of one small model by layers that hardly change the residual stream: what they add is `--noise` strong,
+which sets how often drafts stand, while text stays text. Its costs are those of a model with as many weights.
+
+The column "predicted" is the speed-up over plain transfer by the bytes of the models alone: with k drafts a step reads
+the expert k + 1 times and the others once.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ PROMPTS = (
     "What is the capital of France, and what is it known for?",
 )
 NORM_NOISE = 0.05  # of the antiexpert
+COUNTS = ("drafted", "accepted", "rejected", "steps", "draft_steps", "step_ns", "draft_ns")
 
 
 def small_model(folder: Path) -> Any:
@@ -95,7 +99,7 @@ class Decoder:
 
     def __init__(self, model: rast.RastForCausalLM, prompts: list[Any], tokens: int, **options: Any):
         self.model, self.prompts, self.tokens, self.options = model, prompts, tokens, options
-        self.drafted = self.accepted = self.steps = 0
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def _seconds(self, prompt: Any, n: int) -> float:
         before = self.model.cache_info()
@@ -104,10 +108,26 @@ class Decoder:
         assert out.shape[1] == len(prompt) + n
         seconds = time.perf_counter() - start
         after = self.model.cache_info()
-        self.drafted += after["drafted"] - before["drafted"]
-        self.accepted += after["accepted"] - before["accepted"]
-        self.steps += after["steps"] - before["steps"]
+        for name in COUNTS:
+            self.counts[name] += after[name] - before[name]
         return seconds
+
+    @property
+    def acceptance(self) -> float:
+        """How often a draft stands whose predecessors all stood."""
+        tried = self.counts["accepted"] + self.counts["rejected"]
+        return self.counts["accepted"] / tried if tried else float("nan")
+
+    @property
+    def tokens_per_step(self) -> float:
+        """One, and what stood."""
+        return 1 + self.counts["accepted"] / self.counts["steps"]
+
+    def predicted(self, base: float, small: float) -> float:
+        """Speed-up over plain transfer, if time were the bytes of the weights."""
+        passes = self.counts["draft_steps"] / self.counts["steps"]
+        checks = base + small + (small if passes == 0 else 0)
+        return self.tokens_per_step * (base + 2 * small) / (checks + passes * small)
 
     def __call__(self) -> float:
         """Of all prompts together."""
@@ -148,16 +168,19 @@ def main() -> None:
     results = measure(dict(contestants), args.rounds)
     median = {name: statistics.median(values) for name, values in results.items()}
     print(f"\nbase {args.size:g} × the small model, {'sampled' if args.sample else 'greedy'}, batch 1")
-    print(f"{'':12}{'tokens/s':>10}{'vs plain':>10}{'vs base':>10}{'accepted':>10}{'tokens/step':>13}")
+    columns = ("tokens/s", "vs plain", "predicted", "vs base", "acceptance", "tokens/step", "drafting")
+    print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
+    base_bytes, small_bytes = (net["weight_bytes"] for net in model.info()["nets"][:2])
     report = {}
     for name, decoder in contestants.items():
-        share = decoder.accepted / decoder.drafted if decoder.drafted else float("nan")
-        per_step = (decoder.accepted + decoder.steps) / decoder.steps
+        speed, counts = median[name], decoder.counts
+        time_drafting = counts["draft_ns"] / (counts["draft_ns"] + counts["step_ns"])
         print(
-            f"{name:12}{median[name]:10.1f}{median[name] / median['plain']:9.2f}×{median[name] / median['base alone']:9.2f}×"
-            f"{share:10.0%}{per_step:13.2f}"
+            f"{name:12}{speed:12.1f}{speed / median['plain']:11.2f}×{decoder.predicted(base_bytes, small_bytes):11.2f}×"
+            f"{speed / median['base alone']:11.2f}×{decoder.acceptance:12.0%}{decoder.tokens_per_step:12.2f}"
+            f"{time_drafting:12.0%}"
         )
-        report[name] = {"tokens_per_s": results[name], "accepted": decoder.accepted, "drafted": decoder.drafted}
+        report[name] = {"tokens_per_s": results[name], "acceptance": decoder.acceptance, **counts}
     if args.json:
         args.json.write_text(json.dumps({"size": args.size, "sample": args.sample, "results": report}, indent=1))
 

@@ -194,9 +194,9 @@ typedef struct {
     uint32_t transfer_start; /* new tokens drawn from net 0 alone (coefficient 1) before the others join */
     rast_sampling sampling;
     rast_stop stop;
-    int32_t n_draft;      /* drafts checked per step; 0 none; RAST_DRAFT_AUTO: as many as give the most tokens a second */
-    int32_t draft_net;    /* net whose draws are the drafts, with a coefficient other than 0; 0: only n-grams of the ids */
-    uint32_t want;        /* RAST_WANT_* */
+    int32_t n_draft;   /* drafts checked per step; 0 none; RAST_DRAFT_AUTO: as many as give the most tokens a second */
+    int32_t draft_net; /* net whose draws are the drafts, with a coefficient other than 0; 0: only n-grams of the ids */
+    uint32_t want;     /* RAST_WANT_* */
     uint32_t prompt_from; /* first prompt position reported with RAST_WANT_PROMPT */
 } rast_request;           /* everything is copied */
 
@@ -262,9 +262,12 @@ typedef struct {
     size_t kv_bytes;               /* storage of all blocks, all nets */
     uint64_t steps, rows;          /* rows: tokens computed, each net counted */
     uint64_t drafted, accepted;
-    uint64_t reused;    /* tokens that a sample did not compute with net 0, since a block had them */
-    uint64_t preempted; /* times that a sample gave its blocks up */
-    uint64_t evicted;   /* blocks of kept prefixes that were used for something else */
+    uint64_t rejected;    /* drafts that did not stand, the first of each run; what lay behind was not looked at */
+    uint64_t draft_steps; /* passes of nets that drew drafts, beside `steps` */
+    double step_seconds, draft_seconds; /* what they took on the device */
+    uint64_t reused;                    /* tokens that a sample did not compute with net 0, since a block had them */
+    uint64_t preempted;                 /* times that a sample gave its blocks up */
+    uint64_t evicted;                   /* blocks of kept prefixes that were used for something else */
 } rast_engine_info;
 RAST_API void rast_engine_get_info(const rast_engine *engine, rast_engine_info *out);
 

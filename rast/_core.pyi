@@ -154,6 +154,10 @@ class EngineInfo(TypedDict):
     reused: int  # tokens taken from blocks instead of computed
     drafted: int
     accepted: int
+    rejected: int  # the first draft of each run that did not stand
+    draft_steps: int  # beside `steps`
+    step_ns: int
+    draft_ns: int
     preempted: int  # times that a sample gave its blocks up
     evicted: int  # blocks of kept prefixes that were used for something else
 

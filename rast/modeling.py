@@ -334,6 +334,8 @@ class RastForCausalLM:
         `n_blocks` of `block_tokens` tokens, `kv_bytes` altogether; `n_free`: held by no sequence; `n_cached`: of these,
         the ones that keep a prefix. `steps`; `rows`: tokens computed, each model counted; `reused`: tokens the base did
         not compute again; `preempted`: times that a sequence had to make room; `evicted`: kept blocks given up.
+        `drafted`: drafts that were checked; `accepted`: those that stood; `rejected`: first ones of a run that did not;
+        `draft_steps`: passes of the expert that drew them; `step_ns`, `draft_ns`: what these and the steps have taken.
         """
         engine = self._take_turn()
         try:

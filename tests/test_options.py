@@ -453,7 +453,6 @@ def test_bad_value_in_generation_config_json_names_the_file(zoo: ModelZoo) -> No
         model.generate(np.arange(3), max_new_tokens=2, do_sample=True)
 
 
-
 def test_progress_counts_sequences_and_tokens(zoo: ModelZoo) -> None:
     model = load_rast(zoo.folder("qwen2"))
     seen: list[tuple[int, int, int]] = []

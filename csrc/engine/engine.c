@@ -207,6 +207,10 @@ void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
                               .rows = e->n_rows,
                               .drafted = e->n_drafted,
                               .accepted = e->n_accepted,
+                              .rejected = e->n_rejected,
+                              .draft_steps = e->n_draft_steps,
+                              .step_seconds = e->seconds[0],
+                              .draft_seconds = e->seconds[1],
                               .reused = e->n_reused,
                               .preempted = e->n_preempted,
                               .evicted = e->blocks.n_evicted};

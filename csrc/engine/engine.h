@@ -97,7 +97,7 @@ typedef struct {
     int32_t slot;      /* row of history and of drawn; -1: waiting */
     int fresh;         /* drawn[slot] is the last id */
     int history_stale;
-    uint32_t n_reported; /* prompt positions that went out */
+    uint32_t n_reported;    /* prompt positions that went out */
     float n_stood, n_tried; /* of the net's drafts, the older the less (pace.c) */
     /* this step's plan */
     int scheduled, draws;
@@ -163,9 +163,10 @@ typedef struct {
     int32_t n_logits, n_scores, n_parts; /* outputs that ask for these rows */
     size_t draw, coef;                   /* offsets into the arena: [n_out], [n_out, n_nets] */
     int32_t draft_net;                   /* the pass draws this net's drafts; 0: an ordinary step */
-    size_t saved_row[RAST_MAX_NETS];     /* offset into the arena, where has_saved: [n_out] row of the saved logits, or -1 */
-    uint64_t has_saved;                  /* nets whose logits were saved for some of the outputs */
-    size_t copies[RAST_MAX_NETS];        /* likewise, of each net: [n_copies, 2] blocks (from, to) */
+    size_t
+        saved_row[RAST_MAX_NETS]; /* offset into the arena, where has_saved: [n_out] row of the saved logits, or -1 */
+    uint64_t has_saved;           /* nets whose logits were saved for some of the outputs */
+    size_t copies[RAST_MAX_NETS]; /* likewise, of each net: [n_copies, 2] blocks (from, to) */
     int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
 
@@ -218,7 +219,7 @@ struct rast_engine {
     rast_rows history;  /* [max_seqs, words] 32-bit words, made when a penalty first needs it */
     rast_rows masks;    /* [n_masks, words] 32-bit words */
     rast_rows logits, scores, parts;
-    rast_rows saved;    /* logits of the drafts' net, for the step that checks them */
+    rast_rows saved;     /* logits of the drafts' net, for the step that checks them */
     rast_dev drawn, out; /* [max_seqs] int32, [cap_out] rast_drawn */
     int32_t words;       /* ceil(n_vocab / 32) */
 
@@ -236,7 +237,8 @@ struct rast_engine {
     rast_drafter drafter;
     void *drafter_user;
     atomic_int interrupted;
-    uint64_t n_steps, n_rows, n_drafted, n_accepted, n_reused, n_preempted;
+    uint64_t n_steps, n_rows, n_drafted, n_accepted, n_rejected, n_draft_steps, n_reused, n_preempted;
+    double seconds[2]; /* of steps; of drafting */
 };
 
 /* admit.c: samples come and go. */

@@ -12,7 +12,7 @@ enum {
     PLAIN_AGAIN = 128, /* steps after which a plain one shows what it costs now */
     DRAFT_AGAIN = 64,  /* steps after which a draft shows whether it stands now */
 };
-static const float WORTH = 1.02f;    /* drafts have to gain so much */
+static const float WORTH = 1.02f;        /* drafts have to gain so much */
 static const float FIRST[] = {.7f, .4f}; /* acceptance while nothing is known: from a net, from earlier ids */
 static const float FORGET = .97f;
 

@@ -60,7 +60,6 @@ static int drew(const rast_sample *s, int32_t net) { return s->draft_net && s->d
 
 /* ---- which rows ---------------------------------------------------------------------------------------------------- */
 
-
 /* Tokens that the net should have cached when the sample is ready to draw: the prompt but its last token always, so that a
  * prefix is complete for all nets; everything where the net has a part in the outputs. */
 static size_t target(const rast_sample *s, int32_t net) {

@@ -181,7 +181,9 @@ static void record_combine(rast_engine *e) {
                            .drawn = e->drawn,
                            .logits = plan->n_logits ? e->logits.dev : 0,
                            .scores = plan->n_scores ? e->scores.dev : 0,
-                           .parts = draft ? e->saved.dev : plan->n_parts ? e->parts.dev : 0};
+                           .parts = draft           ? e->saved.dev
+                                    : plan->n_parts ? e->parts.dev
+                                                    : 0};
     m->ops->combine(e->queue, &l);
     m->ops->copy(e->queue, at(e->results), e->out, n_out * sizeof *e->results, RAST_COPY_TO_HOST);
     const struct {
@@ -225,7 +227,10 @@ int rast_run_plan(rast_engine *e, rast_error *err) {
     int status = run_plan(e, err);
     if (status == RAST_OK) {
         e->n_rows += e->plan.n_rows;
-        rast_pace_time(e, rast_now() - start);
+        const double seconds = rast_now() - start;
+        e->seconds[e->plan.draft_net > 0] += seconds;
+        e->n_draft_steps += e->plan.draft_net > 0;
+        rast_pace_time(e, seconds);
     }
     for (size_t i = 0; i < e->n_running && status; i++)
         e->running[i]->fresh = 0; /* what a failed step drew stands in `drawn`, but the sample does not have it */

@@ -142,6 +142,7 @@ static rast_finish collect_draws(rast_engine *e, rast_sample *s) {
     s->fresh = s->n_draw_out == 1;
     e->n_drafted += s->n_draft;
     e->n_accepted += n - 1;
+    e->n_rejected += !finish && n - 1 < s->n_draft;
     if (!finish && s->job->deadline != 0 && rast_now() >= s->job->deadline) finish = RAST_FINISH_TIME;
     rast_chunk *c = chunk_of_rows(e, s, s->n_prompt_out, n, first);
     if (s->job->want & RAST_WANT_SCORES)
