@@ -1,4 +1,4 @@
-"""Speculative transfer: drafts, the expert's or from earlier ids, change no token, number or statistic; and they help."""
+"""Speculative transfer: drafts, the expert's or of earlier ids, change no token, number or statistic; and they help."""
 
 from __future__ import annotations
 
