@@ -181,6 +181,8 @@ enum {
     RAST_WANT_PROMPT = 32,     /* also for the prompt's positions from prompt_from on (see rast_chunk) */
 };
 
+enum { RAST_DRAFT_AUTO = -1, RAST_DRAFT_MAX = 64 }; /* of rast_request.n_draft */
+
 typedef struct {
     const int32_t *ids; /* [n_ids] prompt, at least one */
     size_t n_ids;
@@ -192,8 +194,9 @@ typedef struct {
     uint32_t transfer_start; /* new tokens drawn from net 0 alone (coefficient 1) before the others join */
     rast_sampling sampling;
     rast_stop stop;
-    int32_t n_draft;      /* drafts checked per step; 0 none (drafts come from rast_engine_set_drafter) */
-    uint32_t want;        /* RAST_WANT_* */
+    int32_t n_draft;   /* drafts checked per step; 0 none; RAST_DRAFT_AUTO: as many as give the most tokens a second */
+    int32_t draft_net; /* net whose draws are the drafts, with a coefficient other than 0; 0: only n-grams of the ids */
+    uint32_t want;     /* RAST_WANT_* */
     uint32_t prompt_from; /* first prompt position reported with RAST_WANT_PROMPT */
 } rast_request;           /* everything is copied */
 
@@ -220,6 +223,7 @@ typedef struct {
     uint32_t sample, n;
     int32_t prompt;
     uint32_t position;       /* index of the first of them: among new tokens, or of the prompt position */
+    uint32_t n_drafted;      /* drafts checked for these tokens; n - 1 of them stood, unless the sample ended before */
     const int32_t *token;    /* [n] */
     const float *logprob;    /* [n] log-softmax of the combined, unprocessed logits at token; or NULL */
     const rast_stats *stats; /* [n] or NULL */
@@ -260,13 +264,16 @@ typedef struct {
     size_t kv_bytes;               /* storage of all blocks, all nets */
     uint64_t steps, rows;          /* rows: tokens computed, each net counted */
     uint64_t drafted, accepted;
-    uint64_t reused;    /* tokens that a sample did not compute with net 0, since a block had them */
-    uint64_t preempted; /* times that a sample gave its blocks up */
-    uint64_t evicted;   /* blocks of kept prefixes that were used for something else */
+    uint64_t rejected;    /* drafts that did not stand, the first of each run; what lay behind was not looked at */
+    uint64_t draft_steps; /* passes of nets that drew drafts, beside `steps` */
+    double step_seconds, draft_seconds; /* what they took on the device */
+    uint64_t reused;                    /* tokens that a sample did not compute with net 0, since a block had them */
+    uint64_t preempted;                 /* times that a sample gave its blocks up */
+    uint64_t evicted;                   /* blocks of kept prefixes that were used for something else */
 } rast_engine_info;
 RAST_API void rast_engine_get_info(const rast_engine *engine, rast_engine_info *out);
 
-/* Drafts: called for each decoding sample whose request has n_draft > 0. ids: prompt and new tokens so far [n]. Writes up
+/* Drafts from outside, in place of the engine's own: called for each decoding sample whose request has n_draft > 0. ids: prompt and new tokens so far [n]. Writes up
  * to k guesses of what follows, returns how many. Output never depends on the guesses. */
 typedef size_t (*rast_drafter)(void *user, uint64_t tag, uint32_t sample, const int32_t *ids, size_t n, int32_t *out,
                                size_t k);

@@ -106,7 +106,8 @@ class Request(TypedDict, total=False):
     eos: NDArray[np.int32]
     stop_strings: Sequence[bytes]
     max_time: float
-    n_draft: int
+    n_draft: int  # -1: as many as give the most tokens a second
+    draft_net: int  # 0: drafts come from earlier ids only
     want: int  # WANT_* flags or-ed
     prompt_from: int
 
@@ -153,6 +154,10 @@ class EngineInfo(TypedDict):
     reused: int  # tokens taken from blocks instead of computed
     drafted: int
     accepted: int
+    rejected: int  # the first draft of each run that did not stand
+    draft_steps: int  # beside `steps`
+    step_ns: int
+    draft_ns: int
     preempted: int  # times that a sample gave its blocks up
     evicted: int  # blocks of kept prefixes that were used for something else
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -119,6 +119,17 @@ def _strings(name: str, value: Any) -> list[bytes]:
     return [s.encode() for s in strings]
 
 
+AUTO_DRAFTS = -1
+
+
+def _drafts(name: str, value: Any) -> int:
+    if isinstance(value, str):
+        if value == "auto":
+            return AUTO_DRAFTS
+        raise ValueError(f"`{name}` must be an integer >= 0 or 'auto', but is {value!r}")
+    return cast(int, _integer(0, 2**31 - 1)(name, value))
+
+
 def _as_is(name: str, value: Any) -> Any:
     return value  # checked where the number of pairs is known
 
@@ -156,7 +167,7 @@ _OPTIONS: dict[str, _Option] = {
     "return_dict_in_generate": _Option(_flag, False, False),
     "output_scores": _Option(_flag, False, False),
     "output_logits": _Option(_flag, False, False),
-    "num_assistant_tokens": _Option(_integer(0), 0, 0),
+    "num_assistant_tokens": _Option(_drafts, AUTO_DRAFTS, 0),
     "transfer_strength": _Option(_as_is, None),
     "transfer_start": _Option(_integer(0), 0, 0),
     "seed": _Option(_integer(0, 2**64 - 1), None),
@@ -382,12 +393,6 @@ class GenerationOptions:
         idle = [name for name in _SAMPLING_ONLY if name in self.asked and getattr(self, name) != _OPTIONS[name].off]
         if idle and not self.do_sample:
             warnings.warn(f"{', '.join(idle)} has an effect with do_sample=True only", UserWarning, stacklevel)
-        if self.num_assistant_tokens and "num_assistant_tokens" in self.asked:
-            warnings.warn(
-                "num_assistant_tokens changes no token, and nothing drafts yet: it has no effect",
-                UserWarning,
-                stacklevel,
-            )
         if {"max_new_tokens", "max_length"} <= self.asked:
             warnings.warn(
                 "both max_new_tokens and max_length are given: max_new_tokens counts", UserWarning, stacklevel

@@ -333,6 +333,8 @@ class RastForCausalLM:
         `n_blocks` of `block_tokens` tokens, `kv_bytes` altogether; `n_free`: held by no sequence; `n_cached`: of these,
         the ones that keep a prefix. `steps`; `rows`: tokens computed, each model counted; `reused`: tokens the base did
         not compute again; `preempted`: times that a sequence had to make room; `evicted`: kept blocks given up.
+        `drafted`: drafts that were checked; `accepted`: those that stood; `rejected`: first ones of a run that did not;
+        `draft_steps`: passes of the expert that drew them; `step_ns`, `draft_ns`: what these and the steps have taken.
         """
         info: Mapping[str, Any] = self._shared_engine().info()
         return dict(info)
@@ -587,6 +589,10 @@ class RastForCausalLM:
         coefficients[:, 0] += 1
         return coefficients.astype(np.float32)
 
+    def _draft_net(self, coefficients: NDArray[np.float32]) -> int:
+        """The net that drafts: the first expert that is part of the sum, and not the base itself; 0: none."""
+        return next((int(expert) for expert, _ in self._pairs if expert and coefficients[expert]), 0)
+
     def _active(self, coefficients: NDArray[Any]) -> list[_Net]:
         """Nets that run: the base, and those with a part in the sum."""
         return self._nets[:1] + [net for net, c in zip(self._nets[1:], coefficients[1:], strict=True) if c]
@@ -618,7 +624,15 @@ class RastForCausalLM:
             copy = copies[ids.tobytes()]
             copies[ids.tobytes()] += opts.num_return_sequences
             requests.append(
-                {**shared, "ids": ids, "coef": coefficients[row], "tag": row, "first_copy": copy, "want": want}
+                {
+                    **shared,
+                    "ids": ids,
+                    "coef": coefficients[row],
+                    "draft_net": self._draft_net(coefficients[row]),
+                    "tag": row,
+                    "first_copy": copy,
+                    "want": want,
+                }
             )
         return requests
 

@@ -453,12 +453,6 @@ def test_bad_value_in_generation_config_json_names_the_file(zoo: ModelZoo) -> No
         model.generate(np.arange(3), max_new_tokens=2, do_sample=True)
 
 
-def test_drafts_without_a_drafter_are_said_to_do_nothing(zoo: ModelZoo) -> None:
-    model = load_rast(zoo.folder("qwen2"))
-    with pytest.warns(UserWarning, match="num_assistant_tokens"):
-        model.generate(np.arange(3), max_new_tokens=2, num_assistant_tokens=3)
-
-
 def test_progress_counts_sequences_and_tokens(zoo: ModelZoo) -> None:
     model = load_rast(zoo.folder("qwen2"))
     seen: list[tuple[int, int, int]] = []

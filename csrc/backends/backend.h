@@ -67,9 +67,10 @@ typedef struct {          /* KV storage of one layer of a group, by logical bloc
     int32_t n_heads, n_kv_heads, head_dim;
 } rast_kv; /* how K and V lie inside a block is the backend's own affair */
 
-typedef struct { /* where one distinct net's logits come from: hidden rows and a head, or saved rows (the other is 0) */
-    rast_dev hidden;         /* [cap_out, head->in] of type hidden_type */
-    rast_dev saved;          /* [cap_out, n_vocab] float32 */
+typedef struct {     /* where one distinct net's logits come from: hidden rows and a head, or saved rows, by output */
+    rast_dev hidden; /* [cap_out, head->in] of type hidden_type */
+    rast_dev saved;  /* [rows, n_vocab] float32, as `parts` of an earlier combine */
+    rast_dev saved_row;      /* [n_out] int32 row of `saved`, -1: hidden and head; 0: row o for output o */
     const rast_weight *head; /* [vocab_size of the net, hidden] */
     int32_t hidden_type;
     int32_t n_rows;          /* ids below this have an embedding row */

@@ -114,7 +114,7 @@ void rast_engine_free(rast_engine *e) {
     for (size_t i = 0; i < e->n_views; i++) rast_view_free(e->views[i].view);
     for (int32_t i = 0; e->kv && i < m->n_nets; i++) m->ops->release(m->ctx, e->kv[i]);
     for (int32_t c = 0; e->work && c < m->n_classes; c++) rast_workspace_free(e->model, &e->work[c]);
-    rast_rows *rows[] = {&e->history, &e->masks, &e->logits, &e->scores, &e->parts};
+    rast_rows *rows[] = {&e->history, &e->masks, &e->logits, &e->scores, &e->parts, &e->saved};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) free_rows(e, rows[i]);
     m->ops->release(m->ctx, e->drawn);
     m->ops->release(m->ctx, e->out);
@@ -208,6 +208,10 @@ void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
                               .rows = e->n_rows,
                               .drafted = e->n_drafted,
                               .accepted = e->n_accepted,
+                              .rejected = e->n_rejected,
+                              .draft_steps = e->n_draft_steps,
+                              .step_seconds = e->seconds[0],
+                              .draft_seconds = e->seconds[1],
                               .reused = e->n_reused,
                               .preempted = e->n_preempted,
                               .evicted = e->blocks.n_evicted};

@@ -66,7 +66,7 @@ typedef struct rast_job {
     uint32_t transfer_start;
     rast_sampling sampling; /* arrays owned */
     rast_stop stop;         /* arrays owned */
-    int32_t n_draft;
+    int32_t n_draft, draft_net;
     uint32_t want, prompt_from;
     double deadline; /* CLOCK_MONOTONIC seconds, 0 = none */
     int cancelled;
@@ -97,15 +97,20 @@ typedef struct {
     int32_t slot;      /* row of history and of drawn; -1: waiting */
     int fresh;         /* drawn[slot] is the last id */
     int history_stale;
-    uint32_t n_reported; /* prompt positions that went out */
+    uint32_t n_reported;    /* prompt positions that went out */
+    float n_stood, n_tried; /* of the net's drafts, the older the less (pace.c) */
     /* this step's plan */
     int scheduled, draws;
     uint64_t copies; /* nets that get the tail's tokens before the passes */
     int tail_done;   /* nothing more comes from the tail */
     uint32_t *start; /* [n_nets] first position to compute: what others have computed meanwhile is skipped */
     uint32_t *end;   /* [n_nets] tokens in the cache after the pass, drafts included */
-    int32_t *draft;
+    int32_t *draft;  /* [n_draft] tokens that may follow ids */
     uint32_t n_draft;
+    int looked_up;       /* they come from earlier ids */
+    int32_t draft_net;   /* net that drew them and has their rows in its cache already; 0: none */
+    int32_t first_saved; /* row of saved logits for its first draw, the others follow */
+    uint32_t first_draw; /* draws of this pass begin so far behind the next one: > 0 while drafting */
     size_t first_out, n_prompt_out, n_draw_out;
     int32_t first_logits, first_scores, first_parts; /* rows of its outputs, where it asks for them */
 } rast_sample;
@@ -124,6 +129,10 @@ static inline size_t rast_sample_first_wanted(const rast_sample *s) {
 /* First position of the block that holds the last token. */
 static inline size_t rast_sample_last_block(const rast_sample *s) {
     return (s->n_ids - 1) / RAST_BLOCK_TOKENS * RAST_BLOCK_TOKENS;
+}
+/* Nets that take part in the next draw. */
+static inline uint64_t rast_sample_draw_mask(const rast_sample *s) {
+    return rast_sample_n_new(s) < s->job->transfer_start ? 1 : s->job->active;
 }
 /* Appends a token and says whether the sample ends with it. */
 rast_finish rast_sample_append(const rast_model *m, rast_sample *s, int32_t token);
@@ -153,7 +162,11 @@ typedef struct {
     size_t n_out, n_masks, n_rows;
     int32_t n_logits, n_scores, n_parts; /* outputs that ask for these rows */
     size_t draw, coef;                   /* offsets into the arena: [n_out], [n_out, n_nets] */
-    size_t copies[RAST_MAX_NETS];        /* likewise, of each net: [n_copies, 2] blocks (from, to) */
+    int32_t draft_net;                   /* the pass draws this net's drafts; 0: an ordinary step */
+    size_t
+        saved_row[RAST_MAX_NETS]; /* offset into the arena, where has_saved: [n_out] row of the saved logits, or -1 */
+    uint64_t has_saved;           /* nets whose logits were saved for some of the outputs */
+    size_t copies[RAST_MAX_NETS]; /* likewise, of each net: [n_copies, 2] blocks (from, to) */
     int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
 
@@ -169,6 +182,17 @@ typedef struct { /* an array on the device and its copy here, grown as wanted */
     void *host;
     size_t cap; /* bytes */
 } rast_rows;
+
+/* ---- pace.c: how many drafts pay ----------------------------------------------------------------------------------- */
+
+enum { RAST_PACE_MOST = 12, RAST_PACE_WIDTHS = 24 };
+typedef enum { RAST_PACE_PLAIN = 0, RAST_PACE_DRAFT = 1, RAST_PACE_CHECK = 2, RAST_PACE_KINDS } rast_pace_kind;
+typedef struct {
+    float seconds[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* of a step, by rows; 0: not measured */
+    float n_stood[2], n_tried[2];                     /* of drafts from a net, from earlier ids */
+    uint32_t k, grams;                                /* how many a sample takes in this step */
+    uint32_t since_plain, since_draft;                /* steps */
+} rast_pace;
 
 struct rast_engine {
     rast_model *model;
@@ -198,6 +222,7 @@ struct rast_engine {
     rast_rows history;  /* [max_seqs, words] 32-bit words, made when a penalty first needs it */
     rast_rows masks;    /* [n_masks, words] 32-bit words */
     rast_rows logits, scores, parts;
+    rast_rows saved;     /* logits of the drafts' net, for the step that checks them */
     rast_dev drawn, out; /* [max_seqs] int32, [cap_out] rast_drawn */
     int32_t words;       /* ceil(n_vocab / 32) */
 
@@ -211,10 +236,12 @@ struct rast_engine {
     rast_error *errors; /* [max_seqs] behind chunk.error */
     size_t n_errors;
 
+    rast_pace pace;
     rast_drafter drafter;
     void *drafter_user;
     atomic_int interrupted;
-    uint64_t n_steps, n_rows, n_drafted, n_accepted, n_reused, n_preempted;
+    uint64_t n_steps, n_rows, n_drafted, n_accepted, n_rejected, n_draft_steps, n_reused, n_preempted;
+    double seconds[2]; /* of steps; of drafting */
 };
 
 /* admit.c: samples come and go. */
@@ -228,8 +255,28 @@ int rast_admit(rast_engine *e, rast_error *err);
 /* After a step: what the sample computed, others can use. */
 void rast_commit(rast_engine *e, rast_sample *s);
 
+/* draft.c: guesses of what follows, before a step checks them. */
+int rast_draft(rast_engine *e, rast_error *err);
+
+/* pace.c. Chooses for the coming step; then how many drafts of those k a sample takes from earlier ids, and from a net. */
+void rast_pace_choose(rast_engine *e);
+size_t rast_pace_grams(const rast_engine *e, const rast_sample *s, int32_t net, size_t k);
+size_t rast_pace_drafts(const rast_engine *e, const rast_sample *s, int32_t net, size_t k);
+/* What the plan's run took; and what became of a sample's drafts when n tokens stand. */
+void rast_pace_time(rast_engine *e, double seconds);
+void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n);
+/* The most drafts that a sample of the job can ever have. */
+static inline int32_t rast_most_drafts(const rast_job *job) {
+    const int32_t most = job->n_draft < 0 ? RAST_PACE_MOST : job->n_draft;
+    return most < job->stop.max_new ? most : job->stop.max_new;
+}
+
+/* The passes of one net that draw draft number j of every sample that wants it (see draft.c). */
+int rast_plan_draft(rast_engine *e, int32_t net, uint32_t j, rast_error *err);
 /* Chooses the rows of every running sample, fills plan and arena (offsets only). Changes nothing of a sample but its plan. */
 int rast_plan_step(rast_engine *e, rast_error *err);
+/* Room for n rows of logits in `saved`; what was there is gone. */
+int rast_save_drafts(rast_engine *e, size_t n, rast_error *err);
 /* Records what the plan says and runs it; results, rows and so on are on the host afterwards. */
 int rast_run_plan(rast_engine *e, rast_error *err);
 

@@ -55,17 +55,15 @@ static int32_t bucket(size_t n, int32_t cap) {
 
 static int has(uint64_t mask, int32_t net) { return mask >> net & 1; }
 
-/* ---- which rows ---------------------------------------------------------------------------------------------------- */
+/* The sample's drafts are this net's, and their rows in its cache. */
+static int drew(const rast_sample *s, int32_t net) { return s->draft_net && s->draft_net == net; }
 
-/* Nets that take part in the next draw. */
-static uint64_t draw_mask(const rast_sample *s) {
-    return rast_sample_n_new(s) < s->job->transfer_start ? 1 : s->job->active;
-}
+/* ---- which rows ---------------------------------------------------------------------------------------------------- */
 
 /* Tokens that the net should have cached when the sample is ready to draw: the prompt but its last token always, so that a
  * prefix is complete for all nets; everything where the net has a part in the outputs. */
 static size_t target(const rast_sample *s, int32_t net) {
-    if (has(draw_mask(s), net) || rast_sample_prompt_pending(s)) return s->n_ids;
+    if (has(rast_sample_draw_mask(s), net) || rast_sample_prompt_pending(s)) return s->n_ids;
     return s->job->n_ids - 1;
 }
 
@@ -88,32 +86,12 @@ static size_t rows_for(const rast_engine *e, int32_t net, size_t reserved) {
     return left > reserved + 1 ? left - reserved : left < 1 ? 0 : 1;
 }
 
-static void ask_drafter(rast_engine *e, rast_sample *s, size_t reserved) {
-    const rast_job *job = s->job;
-    const size_t n_new = rast_sample_n_new(s);
-    size_t k = (size_t)job->n_draft;
-    s->n_draft = 0;
-    if (!e->drafter || !s->draws) return;
-    if (k > (size_t)job->stop.max_new - n_new - 1) k = (size_t)job->stop.max_new - n_new - 1;
-    if (n_new < job->transfer_start && k > job->transfer_start - n_new - 1) k = job->transfer_start - n_new - 1;
-    for (int32_t m = 0; m < e->model->n_nets; m++)
-        if (has(draw_mask(s), m)) {
-            const size_t left = (size_t)e->rows_left[m] > reserved ? (size_t)e->rows_left[m] - reserved : 0;
-            if (k > left) k = left;
-        }
-    while (k && s->n_blocks < rast_blocks_for(s->n_ids + k)) { /* for drafts nobody gives way */
-        const int32_t block = rast_blocks_take(&e->blocks);
-        if (block >= 0)
-            s->blocks[s->n_blocks++] = block;
-        else
-            k = s->n_blocks * RAST_BLOCK_TOKENS - s->n_ids;
-    }
-    if (!k) return;
-    size_t n = e->drafter(e->drafter_user, job->tag, s->index, s->ids, s->n_ids, s->draft, k);
-    if (n > k) n = k;
-    for (size_t i = 0; i < n; i++) { /* a draft must have an embedding in every net that will see it */
-        if (s->draft[i] < 0 || s->draft[i] >= job->limit) return;
-        s->n_draft++;
+/* Drafts that no net has room for stay unchecked. */
+static void limit_drafts(const rast_engine *e, rast_sample *s, size_t reserved) {
+    for (int32_t m = 0; m < e->model->n_nets; m++) {
+        if (!has(rast_sample_draw_mask(s), m) || drew(s, m)) continue;
+        const size_t left = (size_t)e->rows_left[m] > reserved ? (size_t)e->rows_left[m] - reserved : 0;
+        if (s->n_draft > left) s->n_draft = (uint32_t)left;
     }
 }
 
@@ -182,8 +160,9 @@ static void choose_rows(rast_engine *e, rast_sample *s, size_t reserved) {
     const int32_t n_nets = e->model->n_nets;
     const uint64_t active = s->job->active;
     s->scheduled = s->draws = 0;
-    s->n_draft = 0;
+    s->first_draw = 0;
     find_start(e, s);
+    if (s->draft_net) s->start[s->draft_net] = (uint32_t)s->n_ids + s->n_draft;
     const size_t stop = use_tail(e, s), limit = prompt_rows_limit(e, s);
     size_t take = limit;
     int fits = 1;
@@ -203,13 +182,15 @@ static void choose_rows(rast_engine *e, rast_sample *s, size_t reserved) {
                 s->end[m] = (uint32_t)target(s, m);
                 e->rows_left[m] -= (int32_t)(s->end[m] - s->start[m]);
             }
-        ask_drafter(e, s, reserved);
+        limit_drafts(e, s, reserved);
         for (int32_t m = 0; m < n_nets; m++)
-            if (s->n_draft && has(draw_mask(s), m)) {
+            if (s->n_draft && has(rast_sample_draw_mask(s), m) && !drew(s, m)) {
                 s->end[m] += s->n_draft;
                 e->rows_left[m] -= (int32_t)s->n_draft;
             }
         s->scheduled = 1;
+    } else {
+        s->n_draft = 0;
     }
     for (int32_t m = 0; m < n_nets && take && !fits; m++) {
         size_t end = s->start[m] + take;
@@ -229,7 +210,7 @@ static void choose_rows(rast_engine *e, rast_sample *s, size_t reserved) {
 /* All nets of the next draw lack only the last token. */
 static int is_decoding(const rast_engine *e, const rast_sample *s) {
     for (int32_t m = 0; m < e->model->n_nets; m++)
-        if (has(draw_mask(s), m) && s->cached[m] + 1 < s->n_ids) return 0;
+        if (has(rast_sample_draw_mask(s), m) && s->cached[m] + 1 < s->n_ids) return 0;
     return rast_sample_n_new(s) > 0;
 }
 
@@ -258,7 +239,7 @@ static void count_outputs(rast_engine *e, rast_sample *s) {
 /* Position whose row gives output i of the sample. */
 static size_t output_position(const rast_sample *s, size_t i) {
     if (i < s->n_prompt_out) return s->end[0] - s->n_draft - s->n_prompt_out + i;
-    return s->n_ids - 1 + (i - s->n_prompt_out);
+    return s->n_ids - 1 + s->first_draw + (i - s->n_prompt_out);
 }
 
 static uint32_t draw_flags(uint32_t want) {
@@ -266,11 +247,30 @@ static uint32_t draw_flags(uint32_t want) {
            (want & RAST_WANT_LOGITS ? RAST_DRAW_LOGITS : 0u) | (want & RAST_WANT_COMPONENTS ? RAST_DRAW_PARTS : 0u);
 }
 
+static rast_draw *draws_at(const rast_engine *e) { return (rast_draw *)(void *)(e->arena.host + e->plan.draw); }
+
+/* How the token i behind the next one is drawn, given the drafts before it. */
+static rast_draw new_draw(rast_engine *e, const rast_sample *s, uint32_t i) {
+    const rast_sampling *sampling = &s->job->sampling;
+    return (rast_draw){.temperature = sampling->temperature,
+                       .top_p = sampling->top_p,
+                       .min_p = sampling->min_p,
+                       .repetition_penalty = sampling->repetition_penalty,
+                       .top_k = sampling->top_k,
+                       .flags = sampling->do_sample ? RAST_DRAW_SAMPLE : 0u,
+                       .stream = s->stream,
+                       .position = (uint32_t)(s->n_ids + i),
+                       .target = -1,
+                       .slot = s->slot,
+                       .draft = -1,
+                       .limit = s->job->limit,
+                       .mask = rast_sample_has_mask(s, i) ? (int32_t)e->plan.n_masks++ : -1};
+}
+
 static void describe_outputs(rast_engine *e, rast_sample *s) {
     const rast_job *job = s->job;
-    const rast_sampling *sampling = &job->sampling;
     const size_t n_nets = (size_t)e->model->n_nets;
-    rast_draw *draw = (rast_draw *)(void *)(e->arena.host + e->plan.draw) + s->first_out;
+    rast_draw *draw = draws_at(e) + s->first_out;
     float *coef = (float *)(void *)(e->arena.host + e->plan.coef) + s->first_out * n_nets;
     for (size_t i = 0; i < s->n_prompt_out; i++, draw++, coef += n_nets) {
         const size_t next = output_position(s, i) + 1;
@@ -283,24 +283,12 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
         memcpy(coef, job->coef, n_nets * sizeof *coef);
     }
     for (uint32_t i = 0; i < s->n_draw_out; i++, draw++, coef += n_nets) {
-        *draw = (rast_draw){.temperature = sampling->temperature,
-                            .top_p = sampling->top_p,
-                            .min_p = sampling->min_p,
-                            .repetition_penalty = sampling->repetition_penalty,
-                            .top_k = sampling->top_k,
-                            .stream = s->stream,
-                            .position = (uint32_t)(s->n_ids + i),
-                            .target = -1,
-                            .slot = s->slot,
-                            .draft = i ? s->draft[i - 1] : -1,
-                            .mask = -1};
-        draw->flags = draw_flags(job->want) | (sampling->do_sample ? RAST_DRAW_SAMPLE : 0u) |
-                      (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u);
-        draw->limit = job->limit;
+        *draw = new_draw(e, s, i);
+        draw->draft = i ? s->draft[i - 1] : -1;
+        draw->flags |= draw_flags(job->want) | (job->want & RAST_WANT_SCORES ? RAST_DRAW_SCORES : 0u);
         draw->logits_row = s->first_logits + (int32_t)(s->n_prompt_out + i);
         draw->parts_row = s->first_parts + (int32_t)(s->n_prompt_out + i);
         draw->scores_row = s->first_scores + (int32_t)i;
-        if (rast_sample_has_mask(s, i)) draw->mask = (int32_t)e->plan.n_masks++;
         if (rast_sample_n_new(s) < job->transfer_start)
             coef[0] = 1;
         else
@@ -426,35 +414,33 @@ static int list_copies(rast_engine *e, int32_t net, rast_error *err) {
     return RAST_OK;
 }
 
-int rast_plan_step(rast_engine *e, rast_error *err) {
+/* Which outputs take a net's logits from where its drafts left them. */
+static int list_saved(rast_engine *e, int32_t net, rast_error *err) {
+    rast_plan *plan = &e->plan;
+    int any = 0;
+    for (size_t i = 0; i < e->n_running; i++)
+        any |= e->running[i]->scheduled && e->running[i]->n_draw_out && drew(e->running[i], net);
+    if (!any) return RAST_OK;
+    int status = arena_take(&e->arena, plan->n_out * sizeof(int32_t), &plan->saved_row[net], err);
+    if (status) return status;
+    int32_t *row = ints(&e->arena, plan->saved_row[net]);
+    for (size_t o = 0; o < plan->n_out; o++) row[o] = -1;
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        for (size_t o = 0; s->scheduled && drew(s, net) && o < s->n_draw_out; o++)
+            row[s->first_out + s->n_prompt_out + o] = s->first_saved + (int32_t)o;
+    }
+    plan->has_saved |= (uint64_t)1 << net;
+    return RAST_OK;
+}
+
+static int plan_passes(rast_engine *e, rast_error *err) {
     rast_plan *plan = &e->plan;
     const int32_t n_nets = e->model->n_nets;
-    plan->n_passes = 0;
-    plan->n_out = plan->n_masks = plan->n_rows = 0;
-    plan->n_logits = plan->n_scores = plan->n_parts = 0;
-    for (int32_t m = 0; m < n_nets; m++) e->rows_left[m] = e->max_rows;
-    size_t behind = e->n_running;
-    for (size_t i = 0; i < e->n_running; i++) /* a row for everyone, before drafts and prompts take what is left */
-        if (is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
-    for (size_t i = 0; i < e->n_running; i++)
-        if (!is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
-    for (size_t i = 0; i < e->n_running; i++) {
-        claim_rows(e, e->running[i], 0);
-        count_outputs(e, e->running[i]);
-    }
-
     order_samples(e);
-    e->arena.used = 0;
-    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
-    if (status == RAST_OK)
-        status = arena_take(&e->arena, plan->n_out * (size_t)n_nets * sizeof(float), &plan->coef, err);
-    for (int32_t m = 0; m < n_nets && status == RAST_OK; m++) status = list_copies(e, m, err);
-    if (status) return status;
-    for (size_t i = 0; i < e->n_running; i++)
-        if (e->running[i]->scheduled) describe_outputs(e, e->running[i]);
-
+    int status = RAST_OK;
     uint64_t planned = 0;
-    for (int32_t m = 0; m < n_nets; m++) {
+    for (int32_t m = 0; m < n_nets && status == RAST_OK; m++) {
         int runs = 0;
         for (size_t i = 0; i < e->n_running && !runs; i++)
             runs = e->running[i]->scheduled && e->running[i]->end[m] > e->running[i]->start[m];
@@ -469,7 +455,80 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
         planned |= p->mask;
         plan->n_passes++;
         status = fill_pass(e, p, err);
-        if (status) return status;
     }
-    return RAST_OK;
+    return status;
+}
+
+static void clear_plan(rast_engine *e) {
+    rast_plan *plan = &e->plan;
+    plan->n_passes = 0;
+    plan->n_out = plan->n_masks = plan->n_rows = 0;
+    plan->n_logits = plan->n_scores = plan->n_parts = 0;
+    plan->draft_net = 0;
+    plan->has_saved = 0;
+    memset(plan->n_copies, 0, sizeof plan->n_copies);
+    e->arena.used = 0;
+}
+
+int rast_plan_draft(rast_engine *e, int32_t net, uint32_t j, rast_error *err) {
+    rast_plan *plan = &e->plan;
+    clear_plan(e);
+    plan->draft_net = net;
+    for (size_t i = 0; i < e->n_running; i++) {
+        rast_sample *s = e->running[i];
+        s->scheduled = s->draws = drew(s, net) && s->n_draft >= j;
+        s->first_draw = j;
+        if (j) s->history_stale = 1; /* the draft before belongs to it */
+        s->copies = 0;
+        s->first_out = plan->n_out;
+        s->n_prompt_out = 0;
+        s->n_draw_out = (size_t)s->draws;
+        for (int32_t m = 0; m < e->model->n_nets; m++) s->start[m] = s->end[m] = s->cached[m];
+        s->start[net] = (uint32_t)s->n_ids - 1 + j;
+        s->end[net] = s->start[net] + (uint32_t)s->draws;
+        plan->n_out += s->n_draw_out;
+    }
+    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
+    if (status == RAST_OK) status = arena_take(&e->arena, plan->n_out * sizeof(float), &plan->coef, err);
+    if (status) return status;
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        if (!s->scheduled) continue;
+        rast_draw *draw = draws_at(e) + s->first_out;
+        *draw = new_draw(e, s, j);
+        draw->flags |= RAST_DRAW_PARTS;
+        draw->parts_row = s->first_saved + (int32_t)j;
+        if (j == s->n_draft) draw->target = -2; /* the last row is for the step that checks */
+        ((float *)(void *)(e->arena.host + plan->coef))[s->first_out] = 1;
+    }
+    return plan_passes(e, err);
+}
+
+int rast_plan_step(rast_engine *e, rast_error *err) {
+    rast_plan *plan = &e->plan;
+    const int32_t n_nets = e->model->n_nets;
+    clear_plan(e);
+    for (int32_t m = 0; m < n_nets; m++) e->rows_left[m] = e->max_rows;
+    size_t behind = e->n_running;
+    for (size_t i = 0; i < e->n_running; i++) /* a row for everyone, before drafts and prompts take what is left */
+        if (is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
+    for (size_t i = 0; i < e->n_running; i++)
+        if (!is_decoding(e, e->running[i])) choose_rows(e, e->running[i], --behind);
+    for (size_t i = 0; i < e->n_running; i++) {
+        claim_rows(e, e->running[i], 0);
+        count_outputs(e, e->running[i]);
+    }
+
+    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
+    if (status == RAST_OK)
+        status = arena_take(&e->arena, plan->n_out * (size_t)n_nets * sizeof(float), &plan->coef, err);
+    for (int32_t m = 0; m < n_nets && status == RAST_OK; m++) {
+        status = list_copies(e, m, err);
+        if (status == RAST_OK) status = list_saved(e, m, err);
+    }
+    if (status) return status;
+    for (size_t i = 0; i < e->n_running; i++)
+        if (e->running[i]->scheduled) describe_outputs(e, e->running[i]);
+
+    return plan_passes(e, err);
 }

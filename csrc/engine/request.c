@@ -55,7 +55,10 @@ static int check_request(const rast_model *m, const rast_request *r, rast_error 
                          r->n_samples);
     if (r->want & RAST_WANT_PROMPT && r->prompt_from >= r->n_ids)
         return rast_fail(err, RAST_ERR_VALUE, "prompt_from = %u lies beyond the prompt", r->prompt_from);
-    if (r->n_draft < 0) return rast_fail(err, RAST_ERR_VALUE, "n_draft = %d must not be negative", r->n_draft);
+    if (r->n_draft < 0 && r->n_draft != RAST_DRAFT_AUTO)
+        return rast_fail(err, RAST_ERR_VALUE, "n_draft = %d must not be negative", r->n_draft);
+    if (r->draft_net < 0 || r->draft_net >= m->n_nets)
+        return rast_fail(err, RAST_ERR_VALUE, "draft_net = %d is out of range (0 to %d)", r->draft_net, m->n_nets - 1);
     if (!(stop->max_time >= 0)) return rast_fail(err, RAST_ERR_VALUE, "max_time must not be negative");
     if (stop->n_strings && !m->piece_bytes)
         return rast_fail(err, RAST_ERR_VALUE, "stop strings need the bytes of the tokens (a tokenizer)");
@@ -107,7 +110,8 @@ int rast_job_new(const rast_model *m, const rast_request *r, rast_job **out, ras
     job->n_samples = r->n_samples;
     job->n_ids = r->n_ids;
     job->transfer_start = r->transfer_start;
-    job->n_draft = r->n_draft < r->stop.max_new ? r->n_draft : r->stop.max_new;
+    job->n_draft = r->n_draft < RAST_DRAFT_MAX ? r->n_draft : RAST_DRAFT_MAX;
+    job->draft_net = r->coef[r->draft_net] != 0 ? r->draft_net : 0;
     job->want = r->want;
     job->prompt_from = r->prompt_from;
     job->deadline = r->stop.max_time > 0 ? rast_now() + r->stop.max_time : 0;

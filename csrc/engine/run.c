@@ -75,8 +75,10 @@ static int prepare(rast_engine *e, rast_error *err) {
 
 static void fill_history(const rast_sample *s, uint32_t *row, size_t words) {
     memset(row, 0, words * sizeof *row);
-    for (size_t i = 0; i < s->n_ids; i++)
-        if ((size_t)s->ids[i] / 32 < words) row[s->ids[i] / 32] |= (uint32_t)1 << (s->ids[i] % 32);
+    for (size_t i = 0; i < s->n_ids + s->first_draw; i++) {
+        const int32_t id = i < s->n_ids ? s->ids[i] : s->draft[i - s->n_ids];
+        if ((size_t)id / 32 < words) row[id / 32] |= (uint32_t)1 << (id % 32);
+    }
 }
 
 static int upload(rast_engine *e, rast_event *event, rast_error *err) {
@@ -95,8 +97,8 @@ static int upload(rast_engine *e, rast_event *event, rast_error *err) {
     for (size_t i = 0; i < e->n_running; i++) { /* in the order in which describe_outputs numbered them */
         const rast_sample *s = e->running[i];
         for (uint32_t o = 0; s->scheduled && o < s->n_draw_out; o++)
-            if (rast_sample_has_mask(s, o)) {
-                rast_sample_mask(s, o, e->model->n_vocab, mask);
+            if (rast_sample_has_mask(s, s->first_draw + o)) {
+                rast_sample_mask(s, s->first_draw + o, e->model->n_vocab, mask);
                 mask += words;
             }
     }
@@ -145,10 +147,13 @@ static int record_passes(rast_engine *e, rast_error *err) {
     return RAST_OK;
 }
 
+static int has_saved(const rast_plan *plan, int32_t net) { return plan->has_saved >> net & 1; }
+
 static void record_combine(rast_engine *e) {
     const rast_model *m = e->model;
     const rast_plan *plan = &e->plan;
     const size_t n_out = plan->n_out, row = (size_t)m->n_vocab * sizeof(float);
+    const int32_t draft = plan->draft_net; /* the pair's draws are of this net alone, whose logits are kept */
     for (int32_t i = 0; i < m->n_nets; i++) {
         const rast_net_state *net = &m->nets[i];
         rast_term *t = &e->terms[i];
@@ -157,12 +162,14 @@ static void record_combine(rast_engine *e) {
         t->n_rows = net->config.vocab_size;
         t->uncommon = net->uncommon;
         t->n_uncommon = net->n_uncommon;
+        t->saved = has_saved(plan, i) ? e->saved.dev : 0;
+        t->saved_row = has_saved(plan, i) ? e->arena.dev + plan->saved_row[i] : 0;
     }
-    const rast_logits l = {.n_terms = m->n_nets,
+    const rast_logits l = {.n_terms = draft ? 1 : m->n_nets,
                            .n_out = (int32_t)n_out,
                            .n_vocab = m->n_vocab,
                            .n_valid = m->n_valid,
-                           .terms = e->terms,
+                           .terms = e->terms + draft,
                            .coef = e->arena.dev + plan->coef,
                            .draw = e->arena.dev + plan->draw,
                            .history = e->history.dev,
@@ -172,7 +179,9 @@ static void record_combine(rast_engine *e) {
                            .drawn = e->drawn,
                            .logits = plan->n_logits ? e->logits.dev : 0,
                            .scores = plan->n_scores ? e->scores.dev : 0,
-                           .parts = plan->n_parts ? e->parts.dev : 0};
+                           .parts = draft           ? e->saved.dev
+                                    : plan->n_parts ? e->parts.dev
+                                                    : 0};
     m->ops->combine(e->queue, &l);
     m->ops->copy(e->queue, at(e->results), e->out, n_out * sizeof *e->results, RAST_COPY_TO_HOST);
     const struct {
@@ -207,8 +216,20 @@ static int run_plan(rast_engine *e, rast_error *err) {
     return status;
 }
 
+int rast_save_drafts(rast_engine *e, size_t n, rast_error *err) {
+    return ensure_rows(e, &e->saved, n, (size_t)e->model->n_vocab, err);
+}
+
 int rast_run_plan(rast_engine *e, rast_error *err) {
+    const double start = rast_now();
     int status = run_plan(e, err);
+    if (status == RAST_OK) {
+        e->n_rows += e->plan.n_rows;
+        const double seconds = rast_now() - start;
+        e->seconds[e->plan.draft_net > 0] += seconds;
+        e->n_draft_steps += e->plan.draft_net > 0;
+        rast_pace_time(e, seconds);
+    }
     for (size_t i = 0; i < e->n_running && status; i++)
         e->running[i]->fresh = 0; /* what a failed step drew stands in `drawn`, but the sample does not have it */
     return status;

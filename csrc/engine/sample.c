@@ -20,7 +20,7 @@ int rast_sample_new(const rast_model *m, rast_job *job, uint32_t index, rast_sam
     s->cached = calloc(n_nets, sizeof *s->cached);
     s->start = calloc(n_nets, sizeof *s->start);
     s->end = calloc(n_nets, sizeof *s->end);
-    s->draft = calloc((size_t)job->n_draft + 1, sizeof *s->draft);
+    s->draft = calloc((size_t)rast_most_drafts(job) + 1, sizeof *s->draft);
     s->ids = malloc(rast_job_tokens(job) * sizeof *s->ids);
     s->blocks = malloc(rast_blocks_for(rast_job_tokens(job)) * sizeof *s->blocks);
     if (!s->cached || !s->start || !s->end || !s->draft || !s->ids || !s->blocks) goto memory;

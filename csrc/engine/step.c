@@ -164,11 +164,14 @@ static rast_finish collect_draws(rast_engine *e, rast_sample *s) {
     s->fresh = s->n_draw_out == 1;
     e->n_drafted += s->n_draft;
     e->n_accepted += n - 1;
+    e->n_rejected += !finish && n - 1 < s->n_draft;
     if (!finish && s->job->deadline != 0 && rast_now() >= s->job->deadline) finish = RAST_FINISH_TIME;
     rast_chunk *c = chunk_of_rows(e, s, s->n_prompt_out, n, first);
     if (s->job->want & RAST_WANT_SCORES)
         c->scores = (const float *)e->scores.host + (size_t)s->first_scores * (size_t)e->model->n_vocab;
     c->finish = finish;
+    c->n_drafted = s->n_draft;
+    rast_pace_learn(e, s, n);
     return finish;
 }
 
@@ -200,13 +203,13 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     status = rast_admit(e, err);
     e->n_parked = end_stopped(e, e->parked, e->n_parked, now); /* those that found no room in time */
     if (status == RAST_OK) status = end_unmade(e, now, err);
+    if (status == RAST_OK && e->n_running) status = rast_draft(e, err);
     if (status == RAST_OK && e->n_running) status = rast_plan_step(e, err);
     if (status == RAST_OK && e->n_running) status = rast_run_plan(e, err);
     if (status) return status;
     *chunks = e->chunks;
     if (e->n_running) {
         e->n_steps++;
-        e->n_rows += e->plan.n_rows;
         for (size_t o = 0; o < e->plan.n_out; o++) {
             e->token[o] = e->results[o].token;
             e->logprob[o] = e->results[o].logprob;

@@ -35,6 +35,7 @@ static const py_field fields[] = {
     FIELD("stop_strings", PY_OBJECT, 0, stop_strings),
     FIELD("max_time", PY_F64, 0, r.stop.max_time),
     FIELD("n_draft", PY_I32, 0, r.n_draft),
+    FIELD("draft_net", PY_I32, 0, r.draft_net),
     FIELD("want", PY_U32, 0, r.want),
     FIELD("prompt_from", PY_U32, 0, r.prompt_from),
 };

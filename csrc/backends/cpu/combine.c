@@ -86,20 +86,31 @@ static uint32_t uncommon_bits(const combine_job *j, size_t o, size_t tile, uint3
 
 static size_t element_size(int32_t type) { return type == RAST_F32 ? 4 : 2; }
 
+/* [n_vocab] logits of term m that were saved for output o, or NULL: the head gives them */
+static const float *saved_row(const rast_logits *l, size_t m, size_t o) {
+    const rast_term *term = &l->terms[m];
+    const int32_t row = !term->saved ? -1 : term->saved_row ? ((const int32_t *)term->saved_row)[o] : (int32_t)o;
+    return row < 0 ? NULL : (const float *)term->saved + (size_t)row * (size_t)l->n_vocab;
+}
+
 /* y[i, 0 .. n_ids) = logits of ids first .. first + n_ids - 1 of outputs o .. o + n - 1, rows y_stride floats apart */
 static void term_logits(const combine_job *j, size_t m, size_t first, size_t n_ids, size_t o, size_t n, float *y,
                         size_t y_stride) {
     const rast_logits *l = &j->l;
-    const rast_term *term = &l->terms[m];
+    const rast_weight *head = l->terms[m].head;
     const term_input *in = &j->inputs[m];
-    if (term->saved) {
-        const float *saved = (const float *)term->saved + o * (size_t)l->n_vocab + first;
-        for (size_t i = 0; i < n; i++) memcpy(y + i * y_stride, saved + i * (size_t)l->n_vocab, n_ids * sizeof *y);
-        return;
+    for (size_t i = 0, end; i < n; i = end) {
+        const float *saved = saved_row(l, m, o + i);
+        end = i + 1;
+        if (saved) {
+            memcpy(y + i * y_stride, saved + first, n_ids * sizeof *y);
+            continue;
+        }
+        while (end < n && !saved_row(l, m, o + end)) end++;
+        if (!in->dot) continue; /* outputs without the term, among others whose logits were saved */
+        in->dot((const char *)head->data + first * head->stride, head->stride, n_ids, in->rows + (o + i) * in->stride,
+                in->stride, end - i, (size_t)head->in, y + i * y_stride, y_stride);
     }
-    const rast_weight *head = term->head;
-    in->dot((const char *)head->data + first * head->stride, head->stride, n_ids, in->rows + o * in->stride, in->stride,
-            n, (size_t)head->in, y, y_stride);
 }
 
 /* The sum's one rounding sequence, whether over a tile or for one id. */
@@ -470,7 +481,7 @@ static const term_input *record_inputs(rast_queue *q, const rast_logits *l) {
     for (size_t m = 0; m < n_terms; m++) {
         const rast_term *term = &l->terms[m];
         const rast_weight *head = term->head;
-        if (term->saved || !term->hidden) {
+        if (!term->hidden) {
             inputs[m] = (term_input){0};
             continue;
         }

@@ -1,0 +1,189 @@
+"""Speculative transfer beside plain transfer and beside the base alone, at batch 1.
+
+    python benchmarks/speculation.py --size 5 --folder models
+
+Expert is SmolLM2-135M, antiexpert a copy with disturbed normalisation weights. The base is SmolLM2 grown to `--size`
+times the cost of one small model by layers that hardly change the residual stream: what they add is `--noise` strong,
+which sets how often drafts stand, while text stays text. Its costs are those of a model with as many weights.
+
+The column "predicted" is the speed-up over plain transfer by the bytes of the models alone: with k drafts a step reads
+the expert k + 1 times and the others once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from decode import measure
+from models import smollm2_gguf
+
+import rast
+
+PROMPTS = (
+    "Why is the sky blue? Answer in two sentences.",
+    "Write a short story about a lighthouse keeper.",
+    "Explain how to make a cup of tea, step by step.",
+    "What is the capital of France, and what is it known for?",
+)
+NORM_NOISE = 0.05  # of the antiexpert
+COUNTS = ("drafted", "accepted", "rejected", "steps", "draft_steps", "step_ns", "draft_ns")
+
+
+def small_model(folder: Path) -> Any:
+    """SmolLM2 as transformers loads it, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf = smollm2_gguf()
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+
+
+def save(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    """A folder with the model and SmolLM2's tokenizer."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    gguf = smollm2_gguf()
+    folder.mkdir(parents=True, exist_ok=True)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))  # last: it marks the folder as complete
+    return folder
+
+
+def make_models(root: Path, size: float, noise: float) -> tuple[Path, Path, Path]:
+    """Folders of base, expert and antiexpert, made where they are not there."""
+    import torch
+
+    expert, antiexpert = root / "small", root / f"small-{NORM_NOISE}"
+    base = root / f"grown-{size:g}-{noise:g}"
+    if all((folder / "config.json").exists() for folder in (base, expert, antiexpert)):
+        return base, expert, antiexpert
+    model = small_model(root)
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    config.pop("quantization_config", None)  # of the file it came from
+    tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    generator = torch.Generator().manual_seed(0)
+    save(expert, config, tensors)
+
+    def disturbed(t: Any) -> Any:
+        return (t.float() * (1 + NORM_NOISE * torch.randn(t.shape, generator=generator))).to(t.dtype)
+
+    save(antiexpert, config, {k: disturbed(v) if "norm" in k else v for k, v in tensors.items()})
+
+    n_layers = config["num_hidden_layers"]
+    layer = {k.removeprefix("model.layers.0."): v for k, v in tensors.items() if k.startswith("model.layers.0.")}
+    per_layer = sum(v.numel() for v in layer.values())
+    added = round((size - 1) * sum(v.numel() for v in tensors.values()) / per_layer)
+    for i in range(n_layers, n_layers + added):
+        for name, like in layer.items():
+            if "norm" in name:
+                new = torch.ones_like(like)
+            else:
+                strength = noise if name.startswith(("self_attn.o_proj", "mlp.down_proj")) else 1.0
+                new = torch.randn(like.shape, generator=generator) * strength / like.shape[1] ** 0.5
+            tensors[f"model.layers.{i}.{name}"] = new.to(like.dtype)
+    save(base, config | {"num_hidden_layers": n_layers + added}, tensors)
+    return base, expert, antiexpert
+
+
+class Decoder:
+    """Tokens a second of one way to decode, after the prompts; and what became of its drafts."""
+
+    def __init__(self, model: rast.RastForCausalLM, prompts: list[Any], tokens: int, **options: Any):
+        self.model, self.prompts, self.tokens, self.options = model, prompts, tokens, options
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def _seconds(self, prompt: Any, n: int) -> float:
+        before = self.model.cache_info()
+        start = time.perf_counter()
+        out = self.model.generate(prompt, max_new_tokens=n, eos_token_id=None, **self.options)
+        assert out.shape[1] == len(prompt) + n
+        seconds = time.perf_counter() - start
+        after = self.model.cache_info()
+        for name in COUNTS:
+            self.counts[name] += after[name] - before[name]
+        return seconds
+
+    @property
+    def acceptance(self) -> float:
+        """How often a draft stands whose predecessors all stood."""
+        tried = self.counts["accepted"] + self.counts["rejected"]
+        return self.counts["accepted"] / tried if tried else float("nan")
+
+    @property
+    def tokens_per_step(self) -> float:
+        """One, and what stood."""
+        return 1 + self.counts["accepted"] / self.counts["steps"]
+
+    def predicted(self, base: float, small: float) -> float:
+        """Speed-up over plain transfer, if time were the bytes of the weights."""
+        passes = self.counts["draft_steps"] / self.counts["steps"]
+        checks = base + small + (small if passes == 0 else 0)
+        return self.tokens_per_step * (base + 2 * small) / (checks + passes * small)
+
+    def __call__(self) -> float:
+        """Of all prompts together."""
+        seconds = sum(self._seconds(p, self.tokens + 1) - self._seconds(p, 1) for p in self.prompts)
+        return len(self.prompts) * self.tokens / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=5, help="cost of the base in small models")
+    parser.add_argument("--noise", type=float, default=0.05, help="strength of the added layers")
+    parser.add_argument("--folder", type=Path, required=True, help="the models are kept there")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drafts", nargs="*", default=["auto"], help="numbers of drafts to measure, or auto")
+    parser.add_argument("--sample", action="store_true", help="draw at temperature 1 (default: greedy)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    base, expert, antiexpert = make_models(args.folder, args.size, args.noise)
+    model = rast.RastForCausalLM.from_pretrained(base, expert=expert, antiexpert=antiexpert, device="cpu")
+    assert model.tokenizer is not None
+    prompts = [
+        np.array(
+            model.tokenizer.encode(
+                model.tokenizer.apply_chat_template([{"role": "user", "content": text}]), add_special_tokens=False
+            )
+        )
+        for text in PROMPTS
+    ]
+    how: dict[str, Any] = {"do_sample": args.sample, "seed": 0, "top_k": 0} if args.sample else {"do_sample": False}
+    contestants = {
+        "base alone": Decoder(model, prompts, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
+        "plain": Decoder(model, prompts, args.tokens, num_assistant_tokens=0, **how),
+    }
+    for k in args.drafts:
+        number = k if k == "auto" else int(k)
+        contestants[f"drafts {k}"] = Decoder(model, prompts, args.tokens, num_assistant_tokens=number, **how)
+    results = measure(dict(contestants), args.rounds)
+    median = {name: statistics.median(values) for name, values in results.items()}
+    print(f"\nbase {args.size:g} × the small model, {'sampled' if args.sample else 'greedy'}, batch 1")
+    columns = ("tokens/s", "vs plain", "predicted", "vs base", "acceptance", "tokens/step", "drafting")
+    print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
+    base_bytes, small_bytes = (net["weight_bytes"] for net in model.info()["nets"][:2])
+    report = {}
+    for name, decoder in contestants.items():
+        speed, counts = median[name], decoder.counts
+        time_drafting = counts["draft_ns"] / (counts["draft_ns"] + counts["step_ns"])
+        print(
+            f"{name:12}{speed:12.1f}{speed / median['plain']:11.2f}×{decoder.predicted(base_bytes, small_bytes):11.2f}×"
+            f"{speed / median['base alone']:11.2f}×{decoder.acceptance:12.0%}{decoder.tokens_per_step:12.2f}"
+            f"{time_drafting:12.0%}"
+        )
+        report[name] = {"tokens_per_s": results[name], "acceptance": decoder.acceptance, **counts}
+    if args.json:
+        args.json.write_text(json.dumps({"size": args.size, "sample": args.sample, "results": report}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
