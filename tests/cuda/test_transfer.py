@@ -546,7 +546,7 @@ def test_many_rows_and_draws(device: Device, cpu: Any) -> None:
         (300, 1.0, {"top_p": 0.9, "min_p": 0.01}),
     ]:
         logits = [np.repeat(rng.standard_normal((1, n_vocab)) * scale, 70, axis=0) for _ in range(3)]
-        for position in range(40 if FULL else 10):
+        for position in range(40 if FULL else 8):
             coef = np.tile(np.array([[1, 1, -1]], np.float32), (70, 1))
             scene = plain_scene(logits, coef, flags=SAMPLE, position=position, **options)
             scene.draw["stream"] = rng.integers(1 << 63, size=70)
@@ -558,10 +558,10 @@ def test_draws_follow_the_softmax(device: Device) -> None:
     """Chi-squared at a significance of 1e-4, with and without filters."""
     rng = np.random.default_rng(11)
     logits = (rng.standard_normal(24) * 1.5).astype(np.float32)
-    rounds = 12 if FULL else 3
+    rounds = 12 if FULL else 2
     for options in ({}, {"temperature": 1.7}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.2}):
         counts = np.zeros(24)
-        n = 512
+        n = 384
         scene = plain_scene([np.repeat(logits[None], n, axis=0)], flags=SAMPLE, **options)
         for position in range(rounds):
             scene.draw["stream"], scene.draw["position"] = rng.integers(1 << 63, size=n), position
