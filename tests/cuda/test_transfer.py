@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from device import Device, DrawnType, DrawType, RastLogits, RastTransferTerm
+from device import FULL, Device, DrawnType, DrawType, RastLogits, RastTransferTerm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-FULL = bool(os.environ.get("RAST_TEST_FULL"))
 ROOT = Path(__file__).parents[2]
 
 SAMPLE, LOGPROB, STATS, LOGITS, SCORES, PARTS = 1, 2, 4, 8, 16, 32
@@ -173,9 +171,9 @@ def empty_rows(scene: Scene) -> dict[str, Array]:
     return rows | {"parts": np.empty((scene.n_out, scene.n_terms, scene.n_vocab), np.float32)}
 
 
-def step_of(scene: Scene, address: Any) -> tuple[RastLogits, list[Array]]:
+def step_of(scene: Scene, address: Any) -> RastLogits:
     """rast_logits without terms and outputs; address(array) puts an array where the step finds it."""
-    step = RastLogits(
+    return RastLogits(
         n_terms=scene.n_terms,
         n_out=scene.n_out,
         n_vocab=scene.n_vocab,
@@ -185,7 +183,6 @@ def step_of(scene: Scene, address: Any) -> tuple[RastLogits, list[Array]]:
         allowed=address(scene.allowed),
         history_words=scene.words,
     )
-    return step
 
 
 def run(device: Device, scene: Scene, flags: int = 0, pieces: list[int] | None = None) -> Result:
@@ -240,9 +237,8 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert made.returncode == 0, made.stdout + made.stderr
     library = tmp_path_factory.mktemp("cpu") / "transfer_on_cpu.so"
     source = [Path(__file__).with_name("transfer_on_cpu.c"), ROOT / "build" / "librast.a"]
-    made = subprocess.run(
-        ["cc", "-shared", "-fPIC", "-std=c11", "-pthread", *source, "-lm", "-o", library], capture_output=True, text=True
-    )
+    command: list[str | Path] = ["cc", "-shared", "-fPIC", "-std=c11", "-pthread", *source, "-lm", "-o", library]
+    made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     return ctypes.CDLL(str(library)).transfer_on_cpu
 
@@ -539,12 +535,13 @@ def test_warps_that_take_several_units(device: Device) -> None:
 def test_many_rows_and_draws(device: Device, cpu: Any) -> None:
     """Thousands of draws from the same logits: the same tokens as on the CPU."""
     rng = np.random.default_rng(7)
-    for n_vocab, scale, options in [
+    cases: list[tuple[int, float, dict[str, Any]]] = [
         (67, 0.5, {}),
         (515, 2.0, {"temperature": 0.8}),
         (300, 1.0, {"top_k": 20}),
         (300, 1.0, {"top_p": 0.9, "min_p": 0.01}),
-    ]:
+    ]
+    for n_vocab, scale, options in cases:
         logits = [np.repeat(rng.standard_normal((1, n_vocab)) * scale, 70, axis=0) for _ in range(3)]
         for position in range(40 if FULL else 8):
             coef = np.tile(np.array([[1, 1, -1]], np.float32), (70, 1))
@@ -559,7 +556,8 @@ def test_draws_follow_the_softmax(device: Device) -> None:
     rng = np.random.default_rng(11)
     logits = (rng.standard_normal(24) * 1.5).astype(np.float32)
     rounds = 12 if FULL else 2
-    for options in ({}, {"temperature": 1.7}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.2}):
+    choices: list[dict[str, Any]] = [{}, {"temperature": 1.7}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.2}]
+    for options in choices:
         counts = np.zeros(24)
         n = 384
         scene = plain_scene([np.repeat(logits[None], n, axis=0)], flags=SAMPLE, **options)
@@ -610,7 +608,8 @@ def test_ties_go_to_the_lowest_id_and_stay_together(device: Device, cpu: Any) ->
     greedy = run(device, plain_scene([flat]), MEASURES)
     np.testing.assert_array_equal(greedy.out["token"], [700, 0, 1499, 0, 0])
     np.testing.assert_array_equal(greedy.out["base_token"], [700, 0, 1499, 0, 0])
-    for options in ({"top_k": 2}, {"top_k": 1}, {"top_p": 0.5}, {"top_p": 1e-6}, {"min_p": 1.0}):
+    choices: list[dict[str, Any]] = [{"top_k": 2}, {"top_k": 1}, {"top_p": 0.5}, {"top_p": 1e-6}, {"min_p": 1.0}]
+    for options in choices:
         scene = plain_scene([flat], flags=SAMPLE, stream=5, **options)
         result = run(device, scene, ROWS | MEASURES)
         for o in range(5):
@@ -682,7 +681,8 @@ def test_drafts_of_earlier_outputs_count_as_seen(device: Device) -> None:
     scene.draw["draft"][51] = -1  # another chain of slot 1 begins
     scores = run(device, scene, SCORES, [33, 47]).rows["scores"]
     for o in range(n):
-        seen = [p * 7 for p in range(2, o + 1) if p % 2 == o % 2 and (o % 2 == 0 or (p > 51) == (o >= 51) and p != 51)]
+        starts = 2 if o % 2 == 0 or o < 51 else 52
+        seen = [p * 7 for p in range(starts, o + 1) if p % 2 == o % 2]
         expected = np.full(n_vocab, 8, np.float32)
         expected[seen] = 4
         np.testing.assert_array_equal(scores[o], expected, f"output {o}")
