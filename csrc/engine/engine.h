@@ -133,6 +133,8 @@ void rast_sample_mask(const rast_sample *s, uint32_t n_draft, int32_t n_vocab, u
 
 /* ---- plan.c: the rows of a step, as passes ------------------------------------------------------------------------- */
 
+enum { RAST_MAX_QUEUES = 4 };
+
 typedef struct { /* bytes that travel to the device at once; addresses are offsets until they are resolved */
     uint8_t *host;
     size_t used, cap;
@@ -145,14 +147,16 @@ typedef struct { /* one pass of some nets of a class */
     int32_t nets[RAST_MAX_NETS], n_nets, cls;
     rast_pass pass; /* device fields: offsets into the arena, then addresses */
     uint32_t max_end;
+    rast_dev last, hidden; /* where its outputs go, in the workspace of its class */
 } rast_pass_plan;
 
 typedef struct {
     rast_pass_plan *passes; /* [n_passes], room for one a net */
     int32_t n_passes;
     size_t n_out, n_masks, n_rows;
+    size_t n_drawn; /* n_out, and rows that nobody asked for up to a bucket, where graphs are kept */
     int32_t n_logits, n_scores, n_parts; /* outputs that ask for these rows */
-    size_t draw, coef;                   /* offsets into the arena: [n_out], [n_out, n_nets] */
+    size_t draw, coef;                   /* offsets into the arena: [n_drawn], [n_drawn, n_nets] */
     size_t copies[RAST_MAX_NETS];        /* likewise, of each net: [n_copies, 2] blocks (from, to) */
     int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
@@ -170,7 +174,9 @@ typedef struct { /* an array on the device and its copy here, grown as wanted */
 
 struct rast_engine {
     rast_model *model;
-    rast_queue *queue, *upload;
+    rast_queue *queues[RAST_MAX_QUEUES],
+        *upload; /* class c runs on queue c, or the last; the transfer step on the first */
+    int32_t n_queues;
     rast_blocks blocks;
     rast_dev *kv; /* [n_nets] */
     size_t kv_bytes;

@@ -266,6 +266,10 @@ static uint32_t draw_flags(uint32_t want) {
            (want & RAST_WANT_LOGITS ? RAST_DRAW_LOGITS : 0u) | (want & RAST_WANT_COMPONENTS ? RAST_DRAW_PARTS : 0u);
 }
 
+/* An output that nothing is drawn for. */
+static const rast_draw nothing = {
+    .temperature = 1, .top_p = 1, .repetition_penalty = 1, .target = -2, .slot = -1, .draft = -1, .mask = -1};
+
 static void describe_outputs(rast_engine *e, rast_sample *s) {
     const rast_job *job = s->job;
     const rast_sampling *sampling = &job->sampling;
@@ -274,7 +278,7 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
     float *coef = (float *)(void *)(e->arena.host + e->plan.coef) + s->first_out * n_nets;
     for (size_t i = 0; i < s->n_prompt_out; i++, draw++, coef += n_nets) {
         const size_t next = output_position(s, i) + 1;
-        *draw = (rast_draw){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .slot = -1, .draft = -1, .mask = -1};
+        *draw = nothing;
         draw->flags = draw_flags(job->want);
         draw->target = next < job->n_ids ? job->ids[next] : -2;
         draw->limit = job->limit;
@@ -418,13 +422,18 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
     }
 
     e->arena.used = 0;
-    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
+    plan->n_drawn = plan->n_out;
+    if (e->model->ops->replays && plan->n_out && plan->n_out <= (size_t)e->max_seqs)
+        plan->n_drawn = (size_t)bucket(plan->n_out, e->max_seqs);
+    int status = arena_take(&e->arena, plan->n_drawn * sizeof(rast_draw), &plan->draw, err);
     if (status == RAST_OK)
-        status = arena_take(&e->arena, plan->n_out * (size_t)n_nets * sizeof(float), &plan->coef, err);
+        status = arena_take(&e->arena, plan->n_drawn * (size_t)n_nets * sizeof(float), &plan->coef, err);
     for (int32_t m = 0; m < n_nets && status == RAST_OK; m++) status = list_copies(e, m, err);
     if (status) return status;
     for (size_t i = 0; i < e->n_running; i++)
         if (e->running[i]->scheduled) describe_outputs(e, e->running[i]);
+    for (size_t o = plan->n_out; o < plan->n_drawn; o++) /* with all coefficients 0 */
+        ((rast_draw *)(void *)(e->arena.host + plan->draw))[o] = nothing;
 
     uint64_t planned = 0;
     for (int32_t m = 0; m < n_nets; m++) {
