@@ -33,7 +33,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode after it.")] = 32,
     rounds: Annotated[int, typer.Option(metavar="N", help="Of which the medians are shown.")] = 3,
     as_json: common.Json = False,
-    device: common.Device = "auto",
+    device: common.Device = "cpu",
     dtype: common.Dtype = "auto",
     quantization: common.Quantization = None,
     max_context: common.MaxContext = None,
@@ -64,6 +64,8 @@ def bench(
                     f"{model.max_context} tokens"
                 )
             facts = model.info()
+            if facts["device"] != "cpu":
+                raise ValueError(f"rast bench measures the CPU, not {facts['device']}: see benchmarks/gpu.py")
             if not results and not as_json:
                 typer.echo(_head(facts, prompt_tokens, new_tokens, rounds))
             for size in batches:
