@@ -5,7 +5,7 @@
  * arrays and go into the launch by value. Grids depend on the pass's capacities only, never on live counts, which kernels
  * read from pass->count on the device: so a captured launch can be replayed.
  *
- * K and V of a block of a layer: [n_kv_heads, RAST_BLOCK_TOKENS, head_dim] each, of kv->type.
+ * K and V of a block of a layer are [n_kv_heads, ...] each, of kv->type; how a head of them lies is said in attention.h.
  */
 #ifndef RAST_KERNELS_H
 #define RAST_KERNELS_H
