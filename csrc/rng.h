@@ -9,7 +9,13 @@
 #include <math.h>
 #include <stdint.h>
 
-static inline void rast_philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t out[4]) {
+#ifdef __CUDACC__
+#define RAST_RNG_FUNCTION __host__ __device__ static inline
+#else
+#define RAST_RNG_FUNCTION static inline
+#endif
+
+RAST_RNG_FUNCTION void rast_philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t out[4]) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32), c2 = 0, c3 = 0;
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
@@ -24,13 +30,13 @@ static inline void rast_philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t 
 }
 
 /* Standard Gumbel from 32 bits: -log(-log(u)), u = (r + 0.5) / 2^32 in double, so that it is finite and exact at both ends. */
-static inline double rast_gumbel(uint32_t r) {
+RAST_RNG_FUNCTION double rast_gumbel(uint32_t r) {
     double u = ((double)r + 0.5) * 0x1p-32;
     return -log(-log(u));
 }
 
 /* splitmix64's finaliser: turns any 64 bits into well-mixed ones. */
-static inline uint64_t rast_mix(uint64_t z) {
+RAST_RNG_FUNCTION uint64_t rast_mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
