@@ -129,20 +129,6 @@ int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_
     return cuda_check(ctx, cudaMemcpy(cuda_ptr(*out), host, bytes, cudaMemcpyHostToDevice), "copying ids", err);
 }
 
-static int device_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_error *err) {
-    *out = 0;
-    int status = cuda_enter(ctx, err);
-    if (status) return status;
-    return cuda_allocate(ctx, bytes, kind == RAST_MEM_LAZY ? CUDA_USE_CACHE : CUDA_USE_WORK, out, err);
-}
-
-static size_t device_free_memory(rast_ctx *ctx) {
-    size_t free_bytes = 0, total = 0;
-    if (cuda_enter(ctx, NULL) || cuda_check(ctx, cudaMemGetInfo(&free_bytes, &total), "asking for free memory", NULL))
-        return 0;
-    return free_bytes;
-}
-
 /* ---- the device ---------------------------------------------------------------------------------------------------- */
 
 /* No driver, an old one, no device, the wrong number, an old device: said in words that tell what to do. */
@@ -217,26 +203,129 @@ static int32_t device_n_threads(const rast_ctx *ctx) {
     return 1; /* the one that enqueues */
 }
 
+/* ---- the table: each function leaves the calling thread's device, which may be another, as it was --------------------- */
+
+static int current_device(const rast_ctx *ctx) {
+    int device = -1;
+    if (ctx->process != getpid() || cudaGetDevice(&device) != cudaSuccess) return -1;
+    return device;
+}
+
+static void restore_device(const rast_ctx *ctx, int device) {
+    if (device >= 0 && device != ctx->device) cudaSetDevice(device);
+}
+
+static int op_open(const rast_device *device, rast_ctx **out, rast_error *err) {
+    int before = -1;
+    const int known = cudaGetDevice(&before) == cudaSuccess;
+    if (!known) cudaGetLastError(); /* device_open says why */
+    int status = device_open(device, out, err);
+    if (known && before != device->index) cudaSetDevice(before);
+    return status;
+}
+
+static void op_close(rast_ctx *ctx) {
+    const rast_ctx copy = *ctx;
+    const int before = current_device(ctx);
+    device_close(ctx);
+    restore_device(&copy, before);
+}
+
+static int op_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_error *err) {
+    const int before = current_device(ctx);
+    int status = cuda_enter(ctx, err);
+    *out = 0;
+    if (status == RAST_OK)
+        status = cuda_allocate(ctx, bytes, kind == RAST_MEM_LAZY ? CUDA_USE_CACHE : CUDA_USE_WORK, out, err);
+    restore_device(ctx, before);
+    return status;
+}
+
+static void op_release(rast_ctx *ctx, rast_dev data) {
+    const int before = current_device(ctx);
+    cuda_release(ctx, data);
+    restore_device(ctx, before);
+}
+
+static size_t op_free_memory(rast_ctx *ctx) {
+    size_t free_bytes = 0, total = 0;
+    const int before = current_device(ctx);
+    if (cuda_enter(ctx, NULL) || cuda_check(ctx, cudaMemGetInfo(&free_bytes, &total), "asking for free memory", NULL))
+        free_bytes = 0;
+    restore_device(ctx, before);
+    return free_bytes;
+}
+
+static int op_bind(rast_ctx *ctx, const rast_tensor *t, int32_t act_type, rast_weight *out, rast_error *err) {
+    const int before = current_device(ctx);
+    int status = cuda_bind(ctx, t, act_type, out, err);
+    restore_device(ctx, before);
+    return status;
+}
+
+static void op_unbind(rast_ctx *ctx, rast_weight *w) {
+    const int before = current_device(ctx);
+    cuda_unbind(ctx, w);
+    restore_device(ctx, before);
+}
+
+static int op_queue_new(rast_ctx *ctx, rast_queue **out, rast_error *err) {
+    const int before = current_device(ctx);
+    int status = cuda_queue_new(ctx, out, err);
+    restore_device(ctx, before);
+    return status;
+}
+
+static void op_queue_free(rast_queue *q) {
+    if (!q) return;
+    const rast_ctx *ctx = q->ctx;
+    const int before = current_device(ctx);
+    cuda_queue_free(q);
+    restore_device(ctx, before);
+}
+
+static int op_begin(rast_queue *q, uint64_t key) {
+    const rast_ctx *ctx = q->ctx;
+    const int before = current_device(ctx);
+    const int is_kept = cuda_begin(q, key);
+    restore_device(ctx, before);
+    return is_kept;
+}
+
+static int op_submit(rast_queue *q, rast_event *event, rast_error *err) {
+    const int before = current_device(q->ctx);
+    int status = cuda_submit(q, event, err);
+    restore_device(q->ctx, before);
+    return status;
+}
+
+static int op_wait(rast_ctx *ctx, rast_event event, rast_error *err) {
+    const int before = current_device(ctx);
+    int status = cuda_wait(ctx, event, err);
+    restore_device(ctx, before);
+    return status;
+}
+
 static const rast_ops ops = {
     .name = "cuda",
     .replays = 1,
     .overlaps = 1,
     .copies_weights = 1,
     .cache_percent = 90, /* the rest: buffers of a step, which grow with what is asked */
-    .open = device_open,
-    .close = device_close,
+    .open = op_open,
+    .close = op_close,
     .isa = device_isa,
     .n_threads = device_n_threads,
-    .alloc = device_alloc,
-    .release = cuda_release,
-    .free_memory = device_free_memory,
-    .bind = cuda_bind,
-    .unbind = cuda_unbind,
-    .queue_new = cuda_queue_new,
-    .queue_free = cuda_queue_free,
-    .begin = cuda_begin,
-    .submit = cuda_submit,
-    .wait = cuda_wait,
+    .alloc = op_alloc,
+    .release = op_release,
+    .free_memory = op_free_memory,
+    .bind = op_bind,
+    .unbind = op_unbind,
+    .queue_new = op_queue_new,
+    .queue_free = op_queue_free,
+    .begin = op_begin,
+    .submit = op_submit,
+    .wait = op_wait,
     .depend = cuda_depend,
     .copy = cuda_copy,
     .embed = cuda_embed,
