@@ -93,9 +93,12 @@ template <class T, int SIZE, int STRIDE> __device__ bool remove_bad(T *values, i
 }
 
 /* Grid: tiles of queries, the last first; KV heads; models. T: type of the cache; SIZE: head_dim or more, the rest is zeros. */
-template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, SIZE > 128 ? 1 : 2) long_kernel(attention_args a) {
+template <class T, int SIZE>
+__global__ void __launch_bounds__(THREADS, SIZE > 128 ? 1 : 2) long_kernel(attention_args a) {
     using L = layout<SIZE>;
     constexpr int STRIDE = L::STRIDE, N = SIZE / TILE;
+    /* large heads' accumulators leave no registers for more */
+    [[maybe_unused]] constexpr int STEPS = SIZE > 128 ? 1 : 4;
     RAST_DYNAMIC_SHARED(unsigned char, shared);
     __shared__ float scale_of[QUERIES];
     __shared__ int32_t bad[BLOCK];
@@ -176,7 +179,7 @@ template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, SIZE > 1
             wmma::fragment<wmma::accumulator, TILE, TILE, TILE, float> score;
             wmma::fragment<wmma::matrix_b, TILE, TILE, TILE, T, wmma::col_major> right;
             wmma::fill_fragment(score, 0.0f);
-#pragma unroll 4
+#pragma unroll(STEPS)
             for (int d = 0; d < SIZE; d += TILE) {
                 wmma::load_matrix_sync(left, queries + warp * TILE * STRIDE + d, STRIDE);
                 wmma::load_matrix_sync(right, keys + j * TILE * STRIDE + d, STRIDE);
@@ -225,7 +228,7 @@ template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, SIZE > 1
         for (int f = 0; f < N; f++)
 #pragma unroll
             for (int i = 0; i < acc[f].num_elements; i++) acc[f].x[i] *= scale[i];
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < BLOCK; j += TILE) {
             wmma::load_matrix_sync(left, weights + j, SCORE_STRIDE);
 #pragma unroll
