@@ -106,7 +106,8 @@ __device__ __forceinline__ void select_add(const selection &s, unsigned b, selec
     const unsigned active = __ballot_sync(ALL_LANES, mass != 0);
     if (!active) return;
     const int leader = __ffs((int)active) - 1;
-    const bool same = mass != 0 && b == __shfl_sync(ALL_LANES, b, leader);
+    const unsigned most = __shfl_sync(ALL_LANES, b, leader);
+    const bool same = mass != 0 && b == most;
     if (__popc(__ballot_sync(ALL_LANES, same)) > 2) {
         const long long sum = warp_sum(same ? (long long)mass : 0);
         if ((int)threadIdx.x % 32 == leader) atomicAdd(&s.bucket[b], (select_mass)sum);
@@ -122,9 +123,9 @@ __device__ __forceinline__ void select_clear(const selection &s) {
 }
 
 /* The first bucket at which the running sum reaches the target, and the sum before it. target 0: all but `share` of the
- * whole, and *target says how much that was. Returns false if the whole is less than the target. */
-__device__ inline bool select_find(const selection &s, double share, select_mass *target, unsigned *b,
-                                   select_mass *before) {
+ * whole, and *target says how much that was. Returns the whole; if it is less than the target, there is no such bucket. */
+__device__ inline select_mass select_find(const selection &s, double share, select_mass *target, unsigned *b,
+                                          select_mass *before) {
     const unsigned per_thread = SELECT_BUCKETS / blockDim.x, first = threadIdx.x * per_thread;
     const int lane = (int)threadIdx.x % 32;
     select_mass mine = 0, sum = 0, whole = 0;
@@ -146,7 +147,6 @@ __device__ inline bool select_find(const selection &s, double share, select_mass
         const double kept = ceil((double)whole - share * (double)whole);
         *target = kept < 1 ? 1 : kept < (double)whole ? (select_mass)kept : whole;
     }
-    if (!whole || whole < *target) return false;
     if (sum < *target && *target <= sum + mine) {
         unsigned i = first;
         while (sum + s.bucket[i] < *target) sum += s.bucket[i++];
@@ -156,7 +156,7 @@ __device__ inline bool select_find(const selection &s, double share, select_mass
     __syncthreads();
     *b = (unsigned)s.found[0];
     *before = s.found[1];
-    return true;
+    return whole;
 }
 
 /* If the candidates in buckets up to b are few, lists them; nothing else is a candidate any more then. */
@@ -184,7 +184,7 @@ __device__ inline float select_threshold(selection &s, select_mass count, double
     select_clear(s);
     select_visit(s,
                  [&](float x, int, bool here) { select_add(s, here ? select_bucket(s, x) : 0, here ? mass(x) : 0); });
-    if (!select_find(s, share, &target, &b, &before)) return -INFINITY;
+    if (select_find(s, share, &target, &b, &before) < target) return -INFINITY;
     target -= before;
     if (s.source == SELECT_ROW) select_gather(s, b);
 
@@ -202,7 +202,7 @@ __device__ inline float select_threshold(selection &s, select_mass count, double
             here = here && key >= lo && key <= hi && select_bucket(s, x) == b;
             select_add(s, here ? (hi - key) >> shift : 0, here ? mass(x) : 0);
         });
-        select_find(s, 0, &target, &c, &before);
+        if (select_find(s, 0, &target, &c, &before) < target) return order_value(lo); /* all that is left stays */
         target -= before;
         hi -= c << shift;
         if (hi - lo >= 1u << shift) lo = hi - ((1u << shift) - 1);

@@ -3,8 +3,9 @@
  * Two kernels. The sweep reads each logit once: a warp takes UNIT ids of an output at a time, holds their sum in
  * registers, takes statistics and draws; what it has found goes to scratch, one record a unit, so that nothing depends
  * on how many warps there are. The second kernel, a block an output, merges the records in a fixed order and adds the
- * few ids that could not be decided before: uncommon ids, whose value is a log-sum-exp over all others, and what top-k, top-p and
- * min-p leave (select.h). Sums, processors and random numbers have the CPU's roundings, draws are decided in double.
+ * few ids that could not be decided before: uncommon ids, whose value is a log-sum-exp over all others, and what top-k,
+ * top-p and min-p leave (select.h). Sums, processors and random numbers have the CPU's roundings (never compile this
+ * with fast math), draws are decided in double.
  */
 #include "kernels.h"
 
