@@ -89,7 +89,7 @@ $(BUILD)/obj/backends/cpu/isa_avx512vnni.o: ISA := $(AVX512) -mavx512vnni
 $(BUILD)/obj/backends/cpu/isa_avx512bf16.o: ISA := $(AVX512) -mavx512vnni -mavx512bf16
 endif
 
-OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/*.c csrc/engine/*.c csrc/model/*.c csrc/backends/cpu/*.c))
+OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/*.c csrc/engine/*.c csrc/model/*.c csrc/backends/*.c csrc/backends/cpu/*.c))
 
 lib: $(BUILD)/librast.a $(BUILD)/librast.so
 
@@ -102,15 +102,15 @@ $(BUILD)/librast.a: $(OBJECTS)
 	$(AR) rcs $@ $^
 
 $(BUILD)/librast.so: $(OBJECTS)
-	$(CC) $(FLAGS) $(CFLAGS) -shared $^ -o $@ $(LDFLAGS) -lm
+	$(CC) $(FLAGS) $(CFLAGS) -shared $^ -o $@ $(LDFLAGS) -lm -ldl
 
 $(BUILD)/tests/%: tests/c/%.c $(BUILD)/librast.a tests/c/check.h
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $(filter-out %.h,$^) -o $@ $(LDFLAGS) -lm
+	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $(filter-out %.h,$^) -o $@ $(LDFLAGS) -lm -ldl
 
 c-programs: $(BUILD)/generate $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
 
 $(BUILD)/generate: examples/c/generate.c $(BUILD)/librast.a
-	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $^ -o $@ $(LDFLAGS) -lm
+	$(CC) $(FLAGS) $(CFLAGS) -Icsrc $^ -o $@ $(LDFLAGS) -lm -ldl
 
 -include $(OBJECTS:.o=.d)

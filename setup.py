@@ -15,12 +15,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
-SOURCE_FOLDERS = ("csrc", "csrc/engine", "csrc/model", "csrc/backends/cpu", "csrc/python")
+SOURCE_FOLDERS = ("csrc", "csrc/engine", "csrc/model", "csrc/backends", "csrc/backends/cpu", "csrc/python")
 
 # The same flags as in the Makefile, which builds the C library without Python. Contraction is off because results are
 # defined as a fixed sequence of roundings.
 COMPILE_FLAGS = ["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-g0"]
-LINK_FLAGS = ["-pthread", "-lm"]
+LINK_FLAGS = ["-pthread", "-lm", "-ldl"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {  # what a file may use; which of them runs is decided at run time

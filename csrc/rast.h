@@ -61,7 +61,8 @@ typedef enum {
 
 typedef struct {
     const char *name; /* HuggingFace name, e.g. "model.layers.0.self_attn.q_proj.weight" */
-    const void *data; /* row-major; aligned to its element; must stay valid and unchanged while the model lives */
+    const void *data; /* row-major; aligned to its element; on the CPU it must stay valid and unchanged while the model
+                         lives; other devices have their own copy when rast_model_new returns */
     int32_t dtype;    /* rast_dtype as stored; from RAST_Q8_0 on: rows of blocks, shape[1] a multiple of the group */
     int32_t n_dims;   /* 1 or 2 */
     size_t shape[2];  /* [out, in] for a matrix, [n] for a vector */
@@ -85,19 +86,25 @@ typedef struct {
 typedef struct {
     const char *name;           /* how messages call it, e.g. "expert (Qwen/Qwen2.5-0.5B)"; copied */
     rast_config config;         /* copied, arrays included */
-    const rast_tensor *tensors; /* the array is copied as needed, the data is used in place */
+    const rast_tensor *tensors; /* the array is copied as needed, the data is used in place, or copied to the device */
     size_t n_tensors;
     int32_t dtype;           /* rounding: RAST_BF16/F16 round the inputs of weight products and K/V; F32 nothing */
     const int32_t *uncommon; /* [n_uncommon] ids that this net has a row for but that mean another token in net 0 */
     size_t n_uncommon;
 } rast_net;
 
+enum { RAST_CPU = 0, RAST_CUDA = 1 };
+
 typedef struct {
-    int32_t kind;      /* 0 = CPU */
-    int32_t index;     /* device number; 0 on the CPU */
-    int32_t n_threads; /* CPU: 0 = one for each core this process may use */
-    const char *isa;   /* CPU: "portable", "avx2", "avx512", "avx512bf16"; NULL = $RAST_CPU_ISA, else the best here */
+    int32_t kind;       /* RAST_CPU or RAST_CUDA */
+    int32_t index;      /* CUDA: device number */
+    int32_t n_threads;  /* CPU: 0 = one for each core this process may use */
+    const char *isa;    /* CPU: "portable", "avx2", "avx512", "avx512bf16"; NULL = $RAST_CPU_ISA, else the best here */
+    const char *plugin; /* CUDA: path of the shared object that holds the backend */
 } rast_device;
+
+/* Whether models can be made on the device: opens and closes it. The error says what is missing. */
+RAST_API int rast_device_check(const rast_device *device, rast_error *err);
 
 typedef struct {
     int32_t n_valid;             /* ids >= this are never drawn (size of the tokenizer); 0 = no limit */
@@ -109,6 +116,7 @@ typedef struct {
 typedef struct {
     size_t weight_bytes;       /* as stored, tied tensors once */
     size_t n_parameters;       /* likewise */
+    size_t device_bytes;       /* of the copy on the device; 0 on the CPU, which uses the weights in place */
     size_t kv_bytes_per_token; /* all layers, K and V */
     int32_t dtype, vocab_size, max_context;
 } rast_net_info;
@@ -120,7 +128,7 @@ RAST_API int rast_model_new(const rast_device *device, const rast_net *nets, siz
 RAST_API void rast_model_free(rast_model *model); /* NULL is allowed; free its engines first */
 RAST_API size_t rast_model_n_nets(const rast_model *model);
 RAST_API int32_t rast_model_n_vocab(const rast_model *model); /* width of logits: rows of the base's embedding */
-RAST_API const char *rast_model_isa(const rast_model *model); /* e.g. "avx512bf16"; static string */
+RAST_API const char *rast_model_isa(const rast_model *model); /* e.g. "avx512bf16"; on CUDA the device; the model's */
 RAST_API int32_t rast_model_n_threads(const rast_model *model);
 RAST_API void rast_model_net_info(const rast_model *model, size_t net, rast_net_info *out);
 
@@ -132,6 +140,9 @@ RAST_API size_t rast_row_bytes(int32_t type, size_t n);
  * type RAST_Q8_0 (q within -127 .. 127), RAST_Q4_1 or RAST_Q4_64. A group with NaN or Inf becomes NaN. */
 RAST_API int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out,
                            rast_error *err);
+
+/* The elements of n_rows rows of n elements of any type, as float32. */
+RAST_API int rast_dequantize(const void *rows, int32_t type, size_t n_rows, size_t n, float *out, rast_error *err);
 
 /* Writes the names of the ISAs that this machine can run, best last, into out[]; returns how many. */
 RAST_API size_t rast_cpu_isas(const char *out[8]);

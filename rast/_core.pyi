@@ -39,7 +39,7 @@ class Net(TypedDict, total=False):
     config: NetConfig
     # name -> (array, stored dtype "F32" | "BF16" | "F16" | "Q8_0" | "Q4_0" | "Q4_1" | "Q4_64"). The array is
     # C-contiguous, native-endian, and has itemsize 4 (F32) or 2 (uint16 or float16), 1 or 2 dimensions; quantized it is
-    # uint8 [rows, bytes of a row's blocks]. It is used in place and kept alive by the model.
+    # uint8 [rows, bytes of a row's blocks]. The CPU uses it in place; the model keeps it alive.
     tensors: Mapping[str, tuple[NDArray[Any], str]]
     dtype: str  # "float32" | "bfloat16" | "float16"
     uncommon: NDArray[np.int32] | None
@@ -48,6 +48,7 @@ class NetInfo(TypedDict):
     name: str
     weight_bytes: int
     n_parameters: int
+    device_bytes: int  # of the weights' copy on the device; 0: they are used in place
     kv_bytes_per_token: int
     dtype: str
     vocab_size: int
@@ -63,11 +64,17 @@ def cpu_isas() -> list[str]:
 def quantize(array: NDArray[Any], dtype: str, type: str, out: NDArray[np.uint8]) -> None:
     """Quantizes a matrix of dtype "F32", "BF16" or "F16" to "Q8_0", "Q4_1" or "Q4_64"; out: [rows, bytes of a row]."""
 
+def check_device(device: str, index: int = 0, plugin: str | None = None) -> None:
+    """Opens and closes a device ("cpu", "cuda"); RuntimeError says what is missing. plugin: the CUDA backend's path."""
+
 class Model:
     def __init__(
         self,
         nets: Sequence[Net],
         *,
+        device: str = "cpu",  # or "cuda"
+        index: int = 0,
+        plugin: str | None = None,  # cuda: path of the backend
         isa: str | None = None,
         num_threads: int = 0,
         n_valid: int = 0,

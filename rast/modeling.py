@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rast import _core
+from rast import _core, devices
 from rast.batching import GenerateIterator, Request
 from rast.generation import GenerateKwargs, GenerationOptions, transfer_strengths
 from rast.inputs import Ids, Mask, Prompts, check_callable, read_integer, read_prompts
@@ -90,6 +90,7 @@ class RastForCausalLM:
         pairs: list[tuple[int, int | None]],
         strengths: NDArray[np.float64],
         *,
+        device: devices.Device,
         num_threads: int | None,
         max_context: int | None,
         kv_cache_tokens: int | None,
@@ -122,8 +123,15 @@ class RastForCausalLM:
             }
             for net, uncommon in zip(nets, agreed.uncommon, strict=True)
         ]
+        self._device = device
         self._core_model = _core.Model(
-            core_nets, num_threads=num_threads or 0, n_valid=agreed.n_valid, pieces=agreed.pieces
+            core_nets,
+            device=device.kind,
+            index=device.index,
+            plugin=device.plugin,
+            num_threads=num_threads or 0,
+            n_valid=agreed.n_valid,
+            pieces=agreed.pieces,
         )
         self._budget = {
             "kv_bytes": _kv_bytes(self._core_model.net_info(), nets, kv_cache_tokens, max_memory),
@@ -168,7 +176,8 @@ class RastForCausalLM:
         max_batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """Loads a base and its transfer pairs; weights stay in the memory-mapped files, unless `quantization` is given.
+        """Loads a base and its transfer pairs; on the CPU weights stay in the mapped files, unless `quantization`
+        is given.
 
         Args:
             base: local folder, Hugging Face Hub id or .gguf file of the model that is steered.
@@ -176,14 +185,16 @@ class RastForCausalLM:
             antiexpert: the same small model before tuning; without it the expert's logits are added as they are.
             transfer_strength: λ, any finite number.
             pairs: instead of the three before, for several pairs; with neither, plain generation.
-            device: "auto" or "cpu".
+            device: "cpu", "cuda", "cuda:N" (a device number), or "auto": cuda if it can be used, else the CPU.
             dtype: "float32", "bfloat16", "float16" or "auto" (as stored): rounding of the inputs of matrix products.
             quantization: what the matrices, embedding and head among them, are made into at load: "int8" (groups of 32
                 with a scale), "int4" (groups of 32 with scale and minimum), "int4-64" (groups of 64) or "none" (floats,
                 whatever the file holds); or a mapping from roles to these, {"base": "int4", "expert": "int8"}, where
                 "expert" means that of every pair and "expert 2" that of the second. None, also for a role: as stored;
                 Q8_0, Q4_0 and Q4_1 of a GGUF file then stay in place unless dtype is "float32". Products with quantized
-                weights round their inputs once more, to int8 in groups of 32; all else is as `dtype` says.
+                weights round their inputs once more, to int8 in groups of 32; all else is as `dtype` says. For the
+                CPU: CUDA takes none of these but "none", and turns a file's quantized tensors into floats of `dtype` on
+                the device.
             num_threads: None: one for each core that this process may use.
             max_context: overrides the context limit of all models.
             revision: of the base on the Hub (branch, tag or commit); the other models use their default branch.
@@ -191,9 +202,10 @@ class RastForCausalLM:
             kv_cache_tokens: tokens, over all sequences, whose keys and values fit into memory at once, rounded up to
                 blocks of 32. What has ended stays while there is room, for prompts that begin alike; when there is no
                 room, sequences wait, or are computed again. None: what max_memory leaves, else half of the memory
-                that is free at the first use.
+                that is free at the first use (CUDA: 90 % of the device's).
             max_memory: bytes, or a string such as "2GiB" or "500mb": limits the keys and values of all models together
-                with the weights that had to be copied or converted (mapped files can be dropped and do not count).
+                with the weights that had to be copied or converted (mapped files can be dropped and do not count; on
+                CUDA all weights are copies).
                 The buffers of one step come on top. Memory is used as it is needed, up to the limit.
             max_batch_rows: most tokens that one step runs through a model (prompt chunks); None: 512.
             max_batch_size: most sequences that run at once, more wait their turn; None: 64.
@@ -207,7 +219,6 @@ class RastForCausalLM:
         """
         from rast.loading import load_net, quantization_by_role
 
-        _check_device(device)
         num_threads = _limit(num_threads, "num_threads", 4096)
         max_context = _limit(max_context, "max_context", 2**28)
         max_batch_rows = _limit(max_batch_rows, "max_batch_rows", 2**20)
@@ -225,6 +236,7 @@ class RastForCausalLM:
             if pair.antiexpert is not None:
                 _check_source(pair.antiexpert, f"antiexpert{number}")
             strengths[i] = _strength(pair.strength, f"strength{number}" if pairs else "transfer_strength")
+        chosen = devices.choose(device, quantized=any(q not in (None, "none") for q in quantizations.values()))
 
         nets: list[_Net] = []
         by_source: dict[tuple[str, str | None, str | None], int] = {}
@@ -260,6 +272,7 @@ class RastForCausalLM:
             nets,
             indices,
             strengths,
+            device=chosen,
             num_threads=num_threads,
             max_context=max_context,
             kv_cache_tokens=kv_cache_tokens,
@@ -301,7 +314,8 @@ class RastForCausalLM:
     def info(self) -> dict[str, Any]:
         """All that `rast info` shows, as plain Python values."""
         return {
-            "device": "cpu",
+            "device": self._device.name,
+            "device_reason": self._device.reason,
             "isa": self._core_model.isa,
             "num_threads": self._core_model.num_threads,
             "vocab_size": self.vocab_size,
@@ -349,7 +363,8 @@ class RastForCausalLM:
         ]
         if self._pairs:
             lines.append(f"  transfer_strength: {', '.join(f'{s:g}' for s in self._strengths)}")
-        lines.append(f"  {info['device']}: {info['isa']}, {info['num_threads']} threads")
+        threads = f", {info['num_threads']} threads" if self._device.kind == "cpu" else ""
+        lines.append(f"  {info['device']}: {info['isa']}{threads}")
         return "RastForCausalLM(\n" + "\n".join(lines) + "\n)"
 
     # ---- decoding --------------------------------------------------------------------------------------------------
@@ -730,16 +745,6 @@ def _listener(
     return on_tokens
 
 
-def _check_device(device: str) -> None:
-    if not isinstance(device, str):
-        raise TypeError(f"device must be a string, not {device!r}")
-    if device in ("auto", "cpu"):
-        return
-    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdecimal()):
-        raise RuntimeError(f"device {device!r}: this build has no CUDA backend; use device='cpu'")
-    raise ValueError(f"device must be 'auto' or 'cpu', not {device!r}")
-
-
 def _check_source(source: Any, role: str) -> None:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"{role} must be a folder, a Hugging Face Hub id or a .gguf file, not {source!r:.80}")
@@ -827,7 +832,9 @@ def _kv_bytes(
     if max_memory is None:
         return wanted
     arrays = {id(part): part for net in nets for tensor in net.loaded.tensors.values() for part in tensor}
-    copied = sum(part.nbytes for part in arrays.values() if isinstance(part, np.ndarray) and not _is_mapped(part))
+    copied = sum(net["device_bytes"] for net in info)
+    if not copied:
+        copied = sum(part.nbytes for part in arrays.values() if isinstance(part, np.ndarray) and not _is_mapped(part))
     room = _bytes(max_memory) - copied
     if room < max(wanted, block):
         raise ValueError(

@@ -8,6 +8,10 @@
  * Lifetimes: an op copies the struct it is given (rast_pass, rast_mm, rast_kv, rast_logits); the host arrays these point
  * to (weights, bases, terms) must stay valid until the work has run, and the caller fills descriptor arrays (token, pos,
  * count, draw, ...) before it records the first op that reads them.
+ *
+ * Graphs: a device that `replays` may keep what was recorded under a key, and do the same again when the key comes back.
+ * So a key stands for every argument of every op, addresses included; what the device reads at those addresses may
+ * change. Between begin and submit of a queue no memory is released.
  */
 #ifndef RAST_BACKEND_H
 #define RAST_BACKEND_H
@@ -125,6 +129,10 @@ typedef enum { RAST_OF_ROWS = 0, RAST_OF_OUTS = 2 } rast_extent; /* index into p
 
 typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return the first error */
     const char *name;
+    int32_t replays;        /* 1: begin() keeps graphs, so keys and padded outputs are worth while */
+    int32_t overlaps;       /* 1: queues run beside each other */
+    int32_t copies_weights; /* 1: bind() copies, so that weights take device memory */
+    int32_t cache_percent;  /* of the free memory that the KV cache takes if nobody says how much */
     int (*open)(const rast_device *, rast_ctx **, rast_error *);
     void (*close)(rast_ctx *);
     const char *(*isa)(const rast_ctx *);
@@ -132,17 +140,19 @@ typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return th
     int (*alloc)(rast_ctx *, size_t bytes, int kind, rast_dev *, rast_error *);
     void (*release)(rast_ctx *, rast_dev); /* 0 is allowed */
     size_t (*free_memory)(rast_ctx *);     /* bytes that could be allocated now; an estimate */
-    /* Makes a tensor usable by ops; CPU: an alias of the tensor's own memory. unbind undoes it. */
-    int (*bind)(rast_ctx *, const rast_tensor *, rast_weight *, rast_error *);
+    /* Makes a tensor usable by ops; CPU: an alias of the tensor's own memory. act_type: of the activations that a matrix
+     * will be multiplied with, which a device may turn the matrix into. unbind undoes it. */
+    int (*bind)(rast_ctx *, const rast_tensor *, int32_t act_type, rast_weight *, rast_error *);
     void (*unbind)(rast_ctx *, rast_weight *);
 
     int (*queue_new)(rast_ctx *, rast_queue **, rast_error *);
     void (*queue_free)(rast_queue *);
-    int (*begin)(rast_queue *,
-                 uint64_t graph_key); /* starts recording; 1: a graph for the key exists, record nothing */
+    /* Starts recording; 1: a graph for the key exists, record nothing. Key 0: no graph. */
+    int (*begin)(rast_queue *, uint64_t graph_key);
     int (*submit)(rast_queue *, rast_event *, rast_error *); /* RAST_ERR_MEMORY if recording ran out of memory */
+    /* Copies to the host have arrived when it returns; those of a submission that nobody waits for never do. */
     int (*wait)(rast_ctx *, rast_event, rast_error *);
-    void (*depend)(rast_queue *, rast_event); /* what is recorded from here on runs after the event */
+    void (*depend)(rast_queue *, rast_event); /* the submission runs after the event; not a part of its graph */
 
     void (*copy)(rast_queue *, rast_dev dst, rast_dev src, size_t bytes, int kind);
     /* y [n_models, cap_rows, dim] float32 */
@@ -176,5 +186,17 @@ static inline size_t rast_kv_bytes(int32_t n_kv_heads, int32_t head_dim, int32_t
 }
 
 extern const rast_ops rast_cpu_ops;
+
+/* A backend in a shared object of its own exports one of these as `rast_backend_plugin`. */
+enum { RAST_PLUGIN_ABI = 1 }; /* changes with anything in this file or rast.h that a backend sees */
+typedef struct {
+    uint32_t abi;
+    size_t ops_bytes; /* sizeof(rast_ops) */
+    const rast_ops *ops;
+} rast_plugin;
+
+/* plugin.c: loads one. The handle is for rast_plugin_close, after the last use of ops. */
+int rast_plugin_open(const char *path, void **handle, const rast_ops **ops, rast_error *err);
+void rast_plugin_close(void *handle); /* NULL is allowed */
 
 #endif

@@ -20,7 +20,7 @@ static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
     rast_model *m = e->model;
     const size_t one = block_bytes(m);
     size_t context = 0, most;
-    if (!budget) budget = m->ops->free_memory(m->ctx) / 2;
+    if (!budget) budget = m->ops->free_memory(m->ctx) / 100 * (size_t)m->ops->cache_percent;
     for (int32_t i = 0; i < m->n_nets; i++)
         if ((size_t)m->nets[i].config.max_context > context) context = (size_t)m->nets[i].config.max_context;
     size_t n = budget / one;
@@ -82,8 +82,12 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
         e->free_slots[e->n_free_slots] = e->max_seqs - 1 - e->n_free_slots;
         e->n_free_slots++;
     }
-    status = m->ops->queue_new(m->ctx, &e->queue, err);
-    if (status == RAST_OK) status = m->ops->queue_new(m->ctx, &e->upload, err);
+    const int32_t n_queues = !m->ops->overlaps ? 1 : m->n_classes < RAST_MAX_QUEUES ? m->n_classes : RAST_MAX_QUEUES;
+    status = m->ops->queue_new(m->ctx, &e->upload, err);
+    while (status == RAST_OK && e->n_queues < n_queues) {
+        status = m->ops->queue_new(m->ctx, &e->queues[e->n_queues], err);
+        e->n_queues += status == RAST_OK;
+    }
     for (int32_t c = 0; c < m->n_classes && status == RAST_OK; c++)
         status = rast_workspace_new(m, &m->classes[c], e->max_rows, e->cap_out, &e->work[c], err);
     if (status == RAST_OK) status = m->ops->alloc(m->ctx, n_seqs * sizeof(int32_t), RAST_MEM_DATA, &e->drawn, err);
@@ -119,7 +123,7 @@ void rast_engine_free(rast_engine *e) {
     m->ops->release(m->ctx, e->drawn);
     m->ops->release(m->ctx, e->out);
     m->ops->release(m->ctx, e->arena.dev);
-    if (e->queue) m->ops->queue_free(e->queue);
+    while (e->n_queues) m->ops->queue_free(e->queues[--e->n_queues]);
     if (e->upload) m->ops->queue_free(e->upload);
     rast_blocks_clear(&e->blocks);
     void *plain[] = {e->kv,        e->work,        e->views,      e->running,    e->parked,  e->terms,

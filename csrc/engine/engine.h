@@ -142,6 +142,8 @@ void rast_sample_mask(const rast_sample *s, uint32_t n_draft, int32_t n_vocab, u
 
 /* ---- plan.c: the rows of a step, as passes ------------------------------------------------------------------------- */
 
+enum { RAST_MAX_QUEUES = 4 };
+
 typedef struct { /* bytes that travel to the device at once; addresses are offsets until they are resolved */
     uint8_t *host;
     size_t used, cap;
@@ -154,19 +156,20 @@ typedef struct { /* one pass of some nets of a class */
     int32_t nets[RAST_MAX_NETS], n_nets, cls;
     rast_pass pass; /* device fields: offsets into the arena, then addresses */
     uint32_t max_end;
+    rast_dev last, hidden; /* where its outputs go, in the workspace of its class */
 } rast_pass_plan;
 
 typedef struct {
     rast_pass_plan *passes; /* [n_passes], room for one a net */
     int32_t n_passes;
     size_t n_out, n_masks, n_rows;
+    size_t n_drawn; /* n_out, and rows that nobody asked for up to a bucket, where graphs are kept */
     int32_t n_logits, n_scores, n_parts; /* outputs that ask for these rows */
-    size_t draw, coef;                   /* offsets into the arena: [n_out], [n_out, n_nets] */
+    size_t draw, coef;                   /* offsets into the arena: [n_drawn], [n_drawn, n_nets] */
     int32_t draft_net;                   /* the pass draws this net's drafts; 0: an ordinary step */
-    size_t
-        saved_row[RAST_MAX_NETS]; /* offset into the arena, where has_saved: [n_out] row of the saved logits, or -1 */
-    uint64_t has_saved;           /* nets whose logits were saved for some of the outputs */
-    size_t copies[RAST_MAX_NETS]; /* likewise, of each net: [n_copies, 2] blocks (from, to) */
+    size_t saved_row[RAST_MAX_NETS]; /* offset into the arena, by has_saved: [n_drawn] row of the saved logits, or -1 */
+    uint64_t has_saved;              /* nets whose logits were saved for some of the outputs */
+    size_t copies[RAST_MAX_NETS];    /* likewise, of each net: [n_copies, 2] blocks (from, to) */
     int32_t n_copies[RAST_MAX_NETS];
 } rast_plan;
 
@@ -196,7 +199,9 @@ typedef struct {
 
 struct rast_engine {
     rast_model *model;
-    rast_queue *queue, *upload;
+    rast_queue *queues[RAST_MAX_QUEUES],
+        *upload; /* class c runs on queue c, or the last; the transfer step on the first */
+    int32_t n_queues;
     rast_blocks blocks;
     rast_dev *kv; /* [n_nets] */
     size_t kv_bytes;

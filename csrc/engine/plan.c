@@ -266,6 +266,22 @@ static rast_draw new_draw(rast_engine *e, const rast_sample *s, uint32_t i) {
                        .limit = s->job->limit,
                        .mask = rast_sample_has_mask(s, i) ? (int32_t)e->plan.n_masks++ : -1};
 }
+/* An output that nothing is drawn for. */
+static const rast_draw nothing = {
+    .temperature = 1, .top_p = 1, .repetition_penalty = 1, .target = -2, .slot = -1, .draft = -1, .mask = -1};
+
+/* Places for the parameters of all outputs; those behind n_out, up to a bucket, are of outputs that nobody asked for, with
+ * all coefficients 0. */
+static int take_outputs(rast_engine *e, size_t n_terms, rast_error *err) {
+    rast_plan *plan = &e->plan;
+    plan->n_drawn = plan->n_out;
+    if (e->model->ops->replays && plan->n_out && plan->n_out <= (size_t)e->max_seqs)
+        plan->n_drawn = (size_t)bucket(plan->n_out, e->max_seqs);
+    int status = arena_take(&e->arena, plan->n_drawn * sizeof(rast_draw), &plan->draw, err);
+    if (status == RAST_OK) status = arena_take(&e->arena, plan->n_drawn * n_terms * sizeof(float), &plan->coef, err);
+    for (size_t o = plan->n_out; o < plan->n_drawn && status == RAST_OK; o++) draws_at(e)[o] = nothing;
+    return status;
+}
 
 static void describe_outputs(rast_engine *e, rast_sample *s) {
     const rast_job *job = s->job;
@@ -274,7 +290,7 @@ static void describe_outputs(rast_engine *e, rast_sample *s) {
     float *coef = (float *)(void *)(e->arena.host + e->plan.coef) + s->first_out * n_nets;
     for (size_t i = 0; i < s->n_prompt_out; i++, draw++, coef += n_nets) {
         const size_t next = output_position(s, i) + 1;
-        *draw = (rast_draw){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .slot = -1, .draft = -1, .mask = -1};
+        *draw = nothing;
         draw->flags = draw_flags(job->want);
         draw->target = next < job->n_ids ? job->ids[next] : -2;
         draw->limit = job->limit;
@@ -421,10 +437,10 @@ static int list_saved(rast_engine *e, int32_t net, rast_error *err) {
     for (size_t i = 0; i < e->n_running; i++)
         any |= e->running[i]->scheduled && e->running[i]->n_draw_out && drew(e->running[i], net);
     if (!any) return RAST_OK;
-    int status = arena_take(&e->arena, plan->n_out * sizeof(int32_t), &plan->saved_row[net], err);
+    int status = arena_take(&e->arena, plan->n_drawn * sizeof(int32_t), &plan->saved_row[net], err);
     if (status) return status;
     int32_t *row = ints(&e->arena, plan->saved_row[net]);
-    for (size_t o = 0; o < plan->n_out; o++) row[o] = -1;
+    for (size_t o = 0; o < plan->n_drawn; o++) row[o] = -1;
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
         for (size_t o = 0; s->scheduled && drew(s, net) && o < s->n_draw_out; o++)
@@ -488,8 +504,7 @@ int rast_plan_draft(rast_engine *e, int32_t net, uint32_t j, rast_error *err) {
         s->end[net] = s->start[net] + (uint32_t)s->draws;
         plan->n_out += s->n_draw_out;
     }
-    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
-    if (status == RAST_OK) status = arena_take(&e->arena, plan->n_out * sizeof(float), &plan->coef, err);
+    int status = take_outputs(e, 1, err);
     if (status) return status;
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
@@ -505,7 +520,6 @@ int rast_plan_draft(rast_engine *e, int32_t net, uint32_t j, rast_error *err) {
 }
 
 int rast_plan_step(rast_engine *e, rast_error *err) {
-    rast_plan *plan = &e->plan;
     const int32_t n_nets = e->model->n_nets;
     clear_plan(e);
     for (int32_t m = 0; m < n_nets; m++) e->rows_left[m] = e->max_rows;
@@ -519,9 +533,7 @@ int rast_plan_step(rast_engine *e, rast_error *err) {
         count_outputs(e, e->running[i]);
     }
 
-    int status = arena_take(&e->arena, plan->n_out * sizeof(rast_draw), &plan->draw, err);
-    if (status == RAST_OK)
-        status = arena_take(&e->arena, plan->n_out * (size_t)n_nets * sizeof(float), &plan->coef, err);
+    int status = take_outputs(e, (size_t)n_nets, err);
     for (int32_t m = 0; m < n_nets && status == RAST_OK; m++) {
         status = list_copies(e, m, err);
         if (status == RAST_OK) status = list_saved(e, m, err);

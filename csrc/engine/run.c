@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../rng.h"
+
 /* At least `bytes`, contents not kept. */
 static int ensure(rast_engine *e, rast_rows *r, size_t bytes, rast_error *err) {
     const rast_ops *ops = e->model->ops;
@@ -117,100 +119,231 @@ static void resolve(rast_engine *e) {
     }
 }
 
-static int record_copies(rast_engine *e, rast_error *err) {
-    for (int32_t net = 0; net < e->model->n_nets; net++) {
-        rast_view *view;
-        if (!e->plan.n_copies[net]) continue;
-        int status = view_of(e, (uint64_t)1 << net, &net, 1, &view, err);
-        if (status) return status;
-        rast_view_copy_blocks(view, e->queue, e->arena.dev + e->plan.copies[net], e->plan.n_copies[net]);
-    }
-    return RAST_OK;
+/* ---- queues: classes run beside each other where the device can --------------------------------------------------------- */
+
+static int32_t queue_of(const rast_engine *e, int32_t net) {
+    const int32_t cls = e->model->nets[net].cls;
+    return cls < e->n_queues ? cls : e->n_queues - 1;
 }
 
-static int record_passes(rast_engine *e, rast_error *err) {
-    size_t placed[RAST_MAX_NETS] = {0}; /* by class: nets whose outputs already have their place */
-    for (int32_t m = 0; m < e->model->n_nets; m++) e->terms[m].hidden = 0;
-    for (int32_t i = 0; i < e->plan.n_passes; i++) {
-        const rast_pass_plan *p = &e->plan.passes[i];
-        const rast_net_state *net = &e->model->nets[p->nets[0]];
-        const rast_workspace *w = &e->work[p->cls];
-        rast_view *view;
-        int status = view_of(e, p->mask, p->nets, p->n_nets, &view, err);
-        if (status) return status;
-        const size_t row = (size_t)p->pass.cap_out * (size_t)net->config.hidden_size;
-        const size_t bytes = row * (net->dtype == RAST_F32 ? 4u : 2u), before = placed[p->cls];
-        rast_forward(view, e->queue, &p->pass, w, w->last + before * row * sizeof(float), w->hidden + before * bytes);
-        for (int32_t j = 0; j < p->n_nets; j++) e->terms[p->nets[j]].hidden = w->hidden + (before + (size_t)j) * bytes;
-        placed[p->cls] += (size_t)p->n_nets;
-    }
-    return RAST_OK;
+/* Queues with something to do before the transfer step, as bits. */
+static uint32_t used_queues(const rast_engine *e) {
+    uint32_t used = 0;
+    for (int32_t i = 0; i < e->plan.n_passes; i++) used |= 1u << queue_of(e, e->plan.passes[i].nets[0]);
+    for (int32_t net = 0; net < e->model->n_nets; net++)
+        if (e->plan.n_copies[net]) used |= 1u << queue_of(e, net);
+    return used;
 }
 
-static int has_saved(const rast_plan *plan, int32_t net) { return plan->has_saved >> net & 1; }
-
-static void record_combine(rast_engine *e) {
+/* Gives every pass its place for outputs, and the terms their rows. */
+static void place_outputs(rast_engine *e) {
     const rast_model *m = e->model;
-    const rast_plan *plan = &e->plan;
-    const size_t n_out = plan->n_out, row = (size_t)m->n_vocab * sizeof(float);
-    const int32_t draft = plan->draft_net; /* the pair's draws are of this net alone, whose logits are kept */
+    size_t placed[RAST_MAX_NETS] = {0}; /* by class: nets whose outputs already have their place */
     for (int32_t i = 0; i < m->n_nets; i++) {
         const rast_net_state *net = &m->nets[i];
-        rast_term *t = &e->terms[i];
-        t->head = &net->weights[W_HEAD];
-        t->hidden_type = net->dtype;
-        t->n_rows = net->config.vocab_size;
-        t->uncommon = net->uncommon;
-        t->n_uncommon = net->n_uncommon;
-        t->saved = has_saved(plan, i) ? e->saved.dev : 0;
-        t->saved_row = has_saved(plan, i) ? e->arena.dev + plan->saved_row[i] : 0;
+        e->terms[i] = (rast_term){.head = &net->weights[W_HEAD],
+                                  .hidden_type = net->dtype,
+                                  .n_rows = net->config.vocab_size,
+                                  .uncommon = net->uncommon,
+                                  .n_uncommon = net->n_uncommon};
+        if (!(e->plan.has_saved >> i & 1)) continue;
+        e->terms[i].saved = e->saved.dev;
+        e->terms[i].saved_row = e->arena.dev + e->plan.saved_row[i];
     }
-    const rast_logits l = {.n_terms = draft ? 1 : m->n_nets,
-                           .n_out = (int32_t)n_out,
-                           .n_vocab = m->n_vocab,
-                           .n_valid = m->n_valid,
-                           .terms = e->terms + draft,
-                           .coef = e->arena.dev + plan->coef,
-                           .draw = e->arena.dev + plan->draw,
-                           .history = e->history.dev,
-                           .allowed = plan->n_masks ? e->masks.dev : 0,
-                           .history_words = e->words,
-                           .out = e->out,
-                           .drawn = e->drawn,
-                           .logits = plan->n_logits ? e->logits.dev : 0,
-                           .scores = plan->n_scores ? e->scores.dev : 0,
-                           .parts = draft           ? e->saved.dev
-                                    : plan->n_parts ? e->parts.dev
-                                                    : 0};
-    m->ops->combine(e->queue, &l);
-    m->ops->copy(e->queue, at(e->results), e->out, n_out * sizeof *e->results, RAST_COPY_TO_HOST);
+    for (int32_t i = 0; i < e->plan.n_passes; i++) {
+        rast_pass_plan *p = &e->plan.passes[i];
+        const rast_net_state *net = &m->nets[p->nets[0]];
+        const rast_workspace *w = &e->work[p->cls];
+        const size_t row = (size_t)p->pass.cap_out * (size_t)net->config.hidden_size;
+        const size_t bytes = row * (net->dtype == RAST_F32 ? 4u : 2u), before = placed[p->cls];
+        p->last = w->last + before * row * sizeof(float);
+        p->hidden = w->hidden + before * bytes;
+        for (int32_t j = 0; j < p->n_nets; j++) e->terms[p->nets[j]].hidden = p->hidden + (size_t)j * bytes;
+        placed[p->cls] += (size_t)p->n_nets;
+    }
+}
+
+/* ---- keys: all that a recording depends on besides what lives as long as the engine --------------------------------------- */
+
+static void add_to_key(uint64_t *key, uint64_t value) { *key = rast_mix(*key ^ value) + 0x9E3779B97F4A7C15u; }
+
+/* Decoding steps are worth a graph: they repeat, and are short beside the time it takes to enqueue them. */
+static int is_worth_a_graph(const rast_engine *e, int32_t queue) {
+    for (int32_t net = 0; net < e->model->n_nets; net++)
+        if (e->plan.n_copies[net] && queue_of(e, net) == queue) return 0;
+    for (int32_t i = 0; i < e->plan.n_passes; i++)
+        if (e->plan.passes[i].pass.cap_rows > e->max_seqs) return 0;
+    return e->model->ops->replays && e->plan.n_out <= (size_t)e->max_seqs;
+}
+
+static void add_passes_to_key(const rast_engine *e, int32_t queue, uint64_t *key) {
+    for (int32_t i = 0; i < e->plan.n_passes; i++) {
+        const rast_pass_plan *plan = &e->plan.passes[i];
+        const rast_pass *p = &plan->pass;
+        if (queue_of(e, plan->nets[0]) != queue) continue;
+        const uint64_t values[] = {plan->mask,
+                                   plan->last,
+                                   plan->hidden,
+                                   (uint64_t)p->n_models,
+                                   (uint64_t)p->cap_rows,
+                                   (uint64_t)p->cap_segs,
+                                   (uint64_t)p->cap_out,
+                                   (uint64_t)p->cap_ctx,
+                                   p->count,
+                                   p->token,
+                                   p->drawn,
+                                   p->pos,
+                                   p->row_seg,
+                                   p->seg_row,
+                                   p->seg_ctx,
+                                   p->block_table,
+                                   (uint64_t)p->table_stride,
+                                   p->prefix_blocks,
+                                   p->out_row};
+        for (size_t v = 0; v < sizeof values / sizeof *values; v++) add_to_key(key, values[v]);
+    }
+}
+
+static void add_combine_to_key(const rast_engine *e, const rast_logits *l, uint64_t *key) {
+    const rast_rows *planes[] = {&e->logits, &e->scores, &e->parts};
+    const int32_t counts[] = {e->plan.n_logits, e->plan.n_scores, e->plan.n_parts};
+    const uint64_t values[] = {(uint64_t)e->plan.draft_net,
+                               (uint64_t)l->n_out,
+                               l->coef,
+                               l->draw,
+                               l->history,
+                               l->allowed,
+                               l->out,
+                               l->drawn,
+                               l->logits,
+                               l->scores,
+                               l->parts};
+    for (size_t v = 0; v < sizeof values / sizeof *values; v++) add_to_key(key, values[v]);
+    for (int32_t i = 0; i < l->n_terms; i++) {
+        add_to_key(key, l->terms[i].hidden);
+        add_to_key(key, l->terms[i].saved);
+        add_to_key(key, l->terms[i].saved_row);
+    }
+    for (size_t i = 0; i < sizeof planes / sizeof *planes; i++) {
+        add_to_key(key, (uint64_t)counts[i]);
+        if (counts[i]) add_to_key(key, at(planes[i]->host));
+    }
+}
+
+/* ---- recording --------------------------------------------------------------------------------------------------------------- */
+
+static int record_copies(rast_engine *e, int32_t queue, rast_error *err) {
+    for (int32_t net = 0; net < e->model->n_nets; net++) {
+        rast_view *view;
+        if (!e->plan.n_copies[net] || queue_of(e, net) != queue) continue;
+        int status = view_of(e, (uint64_t)1 << net, &net, 1, &view, err);
+        if (status) return status;
+        rast_view_copy_blocks(view, e->queues[queue], e->arena.dev + e->plan.copies[net], e->plan.n_copies[net]);
+    }
+    return RAST_OK;
+}
+
+static int record_passes(rast_engine *e, int32_t queue, rast_error *err) {
+    for (int32_t i = 0; i < e->plan.n_passes; i++) {
+        const rast_pass_plan *p = &e->plan.passes[i];
+        rast_view *view;
+        if (queue_of(e, p->nets[0]) != queue) continue;
+        int status = view_of(e, p->mask, p->nets, p->n_nets, &view, err);
+        if (status) return status;
+        rast_forward(view, e->queues[queue], &p->pass, &e->work[p->cls], p->last, p->hidden);
+    }
+    return RAST_OK;
+}
+
+static rast_logits describe_combine(const rast_engine *e) {
+    const rast_plan *plan = &e->plan;
+    const int32_t draft = plan->draft_net; /* drafts are drawn from this net alone, whose logits are kept */
+    return (rast_logits){.n_terms = draft ? 1 : e->model->n_nets,
+                         .n_out = (int32_t)plan->n_drawn,
+                         .n_vocab = e->model->n_vocab,
+                         .n_valid = e->model->n_valid,
+                         .terms = e->terms + draft,
+                         .coef = e->arena.dev + plan->coef,
+                         .draw = e->arena.dev + plan->draw,
+                         .history = e->history.dev,
+                         .allowed = plan->n_masks ? e->masks.dev : 0,
+                         .history_words = e->words,
+                         .out = e->out,
+                         .drawn = e->drawn,
+                         .logits = plan->n_logits ? e->logits.dev : 0,
+                         .scores = plan->n_scores ? e->scores.dev : 0,
+                         .parts = draft           ? e->saved.dev
+                                  : plan->n_parts ? e->parts.dev
+                                                  : 0};
+}
+
+static void record_combine(rast_engine *e, const rast_logits *l) {
+    const rast_plan *plan = &e->plan;
+    const rast_ops *ops = e->model->ops;
+    const size_t row = (size_t)e->model->n_vocab * sizeof(float);
     const struct {
         const rast_rows *rows;
         size_t n;
     } planes[] = {{&e->logits, (size_t)plan->n_logits},
                   {&e->scores, (size_t)plan->n_scores},
-                  {&e->parts, (size_t)plan->n_parts * (size_t)m->n_nets}};
+                  {&e->parts, (size_t)plan->n_parts * (size_t)e->model->n_nets}};
+    ops->combine(e->queues[0], l);
+    ops->copy(e->queues[0], at(e->results), e->out, plan->n_drawn * sizeof *e->results, RAST_COPY_TO_HOST);
     for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)
         if (planes[i].n)
-            m->ops->copy(e->queue, at(planes[i].rows->host), planes[i].rows->dev, planes[i].n * row, RAST_COPY_TO_HOST);
+            ops->copy(e->queues[0], at(planes[i].rows->host), planes[i].rows->dev, planes[i].n * row,
+                      RAST_COPY_TO_HOST);
+}
+
+typedef struct { /* submissions of a step, in order; each runs after those it names */
+    rast_event events[RAST_MAX_QUEUES + 2];
+    int32_t n;
+} submissions;
+
+/* Records and submits one queue's passes (passes != 0) and perhaps the transfer step, after all submissions so far if that
+ * is all, else after the upload. */
+static int submit_queue(rast_engine *e, int32_t queue, int passes, const rast_logits *l, submissions *all,
+                        rast_error *err) {
+    const rast_ops *ops = e->model->ops;
+    rast_queue *q = e->queues[queue];
+    uint64_t key = is_worth_a_graph(e, queue);
+    int status = RAST_OK;
+    if (key && passes) add_passes_to_key(e, queue, &key);
+    if (key && l) add_combine_to_key(e, l, &key);
+    const int is_kept = ops->begin(q, key);
+    for (int32_t i = 0; i < (passes ? 1 : all->n); i++) ops->depend(q, all->events[i]);
+    if (!is_kept && passes) {
+        status = record_copies(e, queue, err);
+        if (status == RAST_OK) status = record_passes(e, queue, err);
+    }
+    if (status) return status; /* the next begin() forgets what was recorded */
+    if (!is_kept && l) record_combine(e, l);
+    status = ops->submit(q, &all->events[all->n], err);
+    all->n += status == RAST_OK;
+    return status;
 }
 
 static int run_plan(rast_engine *e, rast_error *err) {
     const rast_ops *ops = e->model->ops;
-    rast_event event;
+    submissions all = {.n = 0};
     if (e->n_views > RAST_MAX_VIEWS) free_views(e);
     int status = prepare(e, err);
-    if (status == RAST_OK) status = upload(e, &event, err);
+    if (status == RAST_OK) status = upload(e, &all.events[0], err);
     if (status) return status;
+    all.n = 1;
     resolve(e);
-    ops->begin(e->queue, 0);
-    ops->depend(e->queue, event);
-    status = record_copies(e, err);
-    if (status == RAST_OK) status = record_passes(e, err);
-    if (status) return status; /* the next begin() forgets what was recorded */
-    if (e->plan.n_out) record_combine(e);
-    status = ops->submit(e->queue, &event, err);
-    if (status == RAST_OK) status = ops->wait(e->model->ctx, event, err);
+    place_outputs(e);
+    const rast_logits l = describe_combine(e);
+    const uint32_t used = used_queues(e);
+    const int together = used == 1; /* everything on the first queue, as one submission */
+    for (int32_t queue = 0; queue < e->n_queues && status == RAST_OK; queue++)
+        if (used >> queue & 1) status = submit_queue(e, queue, 1, together && e->plan.n_out ? &l : NULL, &all, err);
+    if (status == RAST_OK && !together && e->plan.n_out) status = submit_queue(e, 0, 0, &l, &all, err);
+    /* of a failed step too: nothing of it may run into the next one */
+    for (int32_t i = all.n - 1; i >= 0; i--) {
+        const int waited = ops->wait(e->model->ctx, all.events[i], status ? NULL : err);
+        if (status == RAST_OK) status = waited;
+    }
     for (size_t i = 0; i < e->n_running && status == RAST_OK; i++)
         if (e->running[i]->scheduled && uses_history(e->running[i])) e->running[i]->history_stale = 0;
     return status;

@@ -159,19 +159,57 @@ static int set_vocab(rast_model *m, const rast_vocab *vocab, rast_error *err) {
     return RAST_OK;
 }
 
+static int open_device(const rast_device *device, void **plugin, const rast_ops **ops, rast_ctx **ctx,
+                       rast_error *err) {
+    *plugin = NULL;
+    *ctx = NULL;
+    if (device->kind == RAST_CPU) {
+        *ops = &rast_cpu_ops;
+    } else if (device->kind == RAST_CUDA) {
+        if (!device->plugin)
+            return rast_fail(err, RAST_ERR_DEVICE, "the CUDA backend is a plugin, and no path was given");
+        int status = rast_plugin_open(device->plugin, plugin, ops, err);
+        if (status) return status;
+    } else {
+        return rast_fail(err, RAST_ERR_UNSUPPORTED, "device kind %d: only CPU (%d) and CUDA (%d)", device->kind,
+                         RAST_CPU, RAST_CUDA);
+    }
+    return (*ops)->open(device, ctx, err);
+}
+
+int rast_device_check(const rast_device *device, rast_error *err) {
+    const rast_ops *ops;
+    rast_ctx *ctx;
+    void *plugin;
+    int status = open_device(device, &plugin, &ops, &ctx, err);
+    if (ctx) ops->close(ctx);
+    rast_plugin_close(plugin);
+    return status;
+}
+
+/* Said before gigabytes are on their way. */
+static int check_memory(rast_model *m, rast_error *err) {
+    size_t need = 0;
+    if (!m->ops->copies_weights) return RAST_OK;
+    for (int32_t i = 0; i < m->n_nets; i++) need += rast_net_device_bytes(&m->nets[i]);
+    const size_t have = m->ops->free_memory(m->ctx);
+    if (need <= have) return RAST_OK;
+    return rast_fail(err, RAST_ERR_MEMORY,
+                     "the weights of all models take %.1f MiB on the device, where %.1f MiB are free; KV cache and "
+                     "workspace come on top",
+                     (double)need / (1 << 20), (double)have / (1 << 20));
+}
+
 int rast_model_new(const rast_device *device, const rast_net *nets, size_t n_nets, const rast_vocab *vocab,
                    rast_model **out, rast_error *err) {
     const rast_device any = {0};
     *out = NULL;
     if (!device) device = &any;
-    if (device->kind != 0)
-        return rast_fail(err, RAST_ERR_UNSUPPORTED, "device kind %d: only the CPU (0)", device->kind);
     if (n_nets < 1 || n_nets > RAST_MAX_NETS)
         return rast_fail(err, RAST_ERR_VALUE, "a model has 1 to %d nets, not %zu", RAST_MAX_NETS, n_nets);
     rast_model *m = calloc(1, sizeof *m);
     if (!m) return rast_fail(err, RAST_ERR_MEMORY, "no memory for a model");
-    m->ops = &rast_cpu_ops;
-    int status = m->ops->open(device, &m->ctx, err);
+    int status = open_device(device, &m->plugin, &m->ops, &m->ctx, err);
     if (status) goto fail;
     status = m->ops->queue_new(m->ctx, &m->upload, err);
     if (status) goto fail;
@@ -183,9 +221,11 @@ int rast_model_new(const rast_device *device, const rast_net *nets, size_t n_net
     for (size_t i = 0; i < n_nets; i++) {
         m->n_nets = (int32_t)i + 1;
         status = describe(&m->nets[i], &nets[i], err);
-        if (status == RAST_OK) status = rast_net_bind(m, &m->nets[i], &nets[i], err);
         if (status) goto fail;
     }
+    status = check_memory(m, err);
+    for (size_t i = 0; i < n_nets && status == RAST_OK; i++) status = rast_net_bind(m, &m->nets[i], &nets[i], err);
+    if (status) goto fail;
     if (m->nets[0].n_uncommon) {
         status =
             rast_fail(err, RAST_ERR_VALUE, "%s: net 0 defines the tokens and has no uncommon ids", m->nets[0].name);
@@ -218,6 +258,7 @@ void rast_model_free(rast_model *m) {
     free(m->piece_start);
     if (m->upload) m->ops->queue_free(m->upload);
     if (m->ctx) m->ops->close(m->ctx);
+    rast_plugin_close(m->plugin);
     free(m);
 }
 
@@ -230,6 +271,7 @@ void rast_model_net_info(const rast_model *m, size_t net, rast_net_info *out) {
     const rast_net_state *n = &m->nets[net];
     *out = (rast_net_info){.weight_bytes = n->weight_bytes,
                            .n_parameters = n->n_parameters,
+                           .device_bytes = n->device_bytes,
                            .kv_bytes_per_token = rast_kv_block_bytes(n) / RAST_BLOCK_TOKENS,
                            .dtype = n->dtype,
                            .vocab_size = n->config.vocab_size,

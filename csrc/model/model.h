@@ -43,7 +43,7 @@ typedef struct {
     rast_weight *weights; /* [N_TOP_WEIGHTS + n_layers * N_LAYER_WEIGHTS]; data 0: not there */
     int32_t *uncommon;    /* [n_uncommon] sorted */
     int32_t n_uncommon;
-    size_t weight_bytes, n_parameters;
+    size_t weight_bytes, n_parameters, device_bytes;
 } rast_net_state;
 
 typedef struct { /* what nets of equal shape share */
@@ -55,6 +55,7 @@ typedef struct { /* what nets of equal shape share */
 
 struct rast_model {
     const rast_ops *ops;
+    void *plugin; /* where ops are from; NULL: from here */
     rast_ctx *ctx;
     rast_queue *upload;
     rast_net_state *nets;
@@ -80,6 +81,8 @@ static inline size_t rast_kv_block_bytes(const rast_net_state *n) { /* all layer
 /* weights.c: checks every tensor of the table (presence, shape, dtype) and binds it. */
 int rast_net_bind(rast_model *m, rast_net_state *net, const rast_net *src, rast_error *err);
 void rast_net_unbind(rast_model *m, rast_net_state *net);
+/* What its weights will take, about, on a device that copies them. */
+size_t rast_net_device_bytes(const rast_net_state *net);
 
 /* rope.c: frequencies for rope_theta, [head_dim/2]; and the table, extended to at least n_positions. */
 void rast_rope_default(float theta, int32_t head_dim, float *freq);

@@ -1,4 +1,4 @@
-/* quantize.c: the types of stored weights, and quantizing to them. */
+/* quantize.c: the types of stored weights, quantizing to them and back. */
 #include "../error.h"
 #include "../rast.h"
 
@@ -136,5 +136,36 @@ int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int3
                 return rast_fail(err, RAST_ERR_VALUE, "it holds values too large for a scale in float16");
             }
         }
+    return RAST_OK;
+}
+
+/* q = x within a block: 8 bits, or 4 (pairs 16 apart). */
+static void dequantize_block(const uint8_t *block, int32_t type, float *x) {
+    const float d = from_half((uint16_t)(block[0] | block[1] << 8));
+    if (type == RAST_Q8_0) {
+        for (int i = 0; i < 32; i++) x[i] = d * (float)(int8_t)block[2 + i];
+        return;
+    }
+    const int has_min = type != RAST_Q4_0;
+    const float m = has_min ? from_half((uint16_t)(block[2] | block[3] << 8)) : -8 * d;
+    const uint8_t *q = block + (has_min ? 4 : 2);
+    for (size_t i = 0; i < types[type].group; i += 32)
+        for (size_t j = 0; j < 16; j++) {
+            x[i + j] = d * (float)(q[i / 2 + j] & 15) + m;
+            x[i + 16 + j] = d * (float)(q[i / 2 + j] >> 4) + m;
+        }
+}
+
+int rast_dequantize(const void *rows, int32_t type, size_t n_rows, size_t n, float *out, rast_error *err) {
+    if (!rast_type_group(type)) return rast_fail(err, RAST_ERR_UNSUPPORTED, "there is no type %d", type);
+    const size_t group = types[type].group, block = types[type].bytes;
+    if (n % group)
+        return rast_fail(err, RAST_ERR_VALUE, "rows of %zu are not a multiple of the groups of %zu", n, group);
+    const uint8_t *from = rows;
+    if (type < RAST_N_DTYPES) {
+        for (size_t i = 0; i < n_rows * n; i++) read_group(rows, i, 1, type, out + i);
+        return RAST_OK;
+    }
+    for (size_t i = 0; i < n_rows * n; i += group, from += block) dequantize_block(from, type, out + i);
     return RAST_OK;
 }

@@ -138,7 +138,22 @@ static int bind_one(rast_model *m, rast_net_state *net, const tensor_index *inde
     if (!t->data) return rast_fail(err, RAST_ERR_VALUE, "%s: tensor %s has no data", net->name, name);
     net->n_parameters += n_out * n_in;
     net->weight_bytes += n_out * row_bytes;
-    return m->ops->bind(m->ctx, t, out, err);
+    int status = m->ops->bind(m->ctx, t, net->dtype, out, err);
+    if (status == RAST_OK && m->ops->copies_weights) net->device_bytes += (size_t)out->out * out->stride;
+    return status;
+}
+
+static size_t row_bytes(const rast_net_state *net, const weight_row *row) {
+    if (!is_needed(&net->config, row->needs)) return 0;
+    const size_t element = row->out != D_ONE && net->dtype != RAST_F32 ? 2 : 4; /* vectors: at most */
+    return dim_size(&net->config, row->out) * dim_size(&net->config, row->in) * element;
+}
+
+size_t rast_net_device_bytes(const rast_net_state *net) {
+    size_t layer = 0, top = 0;
+    for (int i = 0; i < N_LAYER_WEIGHTS; i++) layer += row_bytes(net, &layer_table[i]);
+    for (int i = 0; i < N_TOP_WEIGHTS; i++) top += row_bytes(net, &top_table[i]);
+    return top + layer * (size_t)net->config.n_layers;
 }
 
 int rast_net_bind(rast_model *m, rast_net_state *net, const rast_net *src, rast_error *err) {

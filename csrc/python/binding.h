@@ -54,6 +54,7 @@ typedef struct {
 extern PyType_Spec py_model_spec, py_engine_spec, py_session_spec;
 
 PyObject *py_cpu_isas(PyObject *module, PyObject *unused);
+PyObject *py_check_device(PyObject *module, PyObject *args);
 PyObject *py_memory_read(PyObject *module, PyObject *array);
 PyObject *py_quantize(PyObject *module, PyObject *args);
 

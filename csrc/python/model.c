@@ -265,15 +265,33 @@ static void model_args_free(model_args *args) {
 
 /* ---- the type ---------------------------------------------------------------------------------------------------- */
 
+/* Any of the three may be NULL: not given. */
+static int read_device(PyObject *name, PyObject *index, PyObject *plugin, const char *what, rast_device *out) {
+    if (name) {
+        const char *text = py_utf8(name, what, "device");
+        if (!text) return -1;
+        if (strcmp(text, "cpu") != 0 && strcmp(text, "cuda") != 0) {
+            PyErr_Format(PyExc_ValueError, "%s: device %R is not one of cpu, cuda", what, name);
+            return -1;
+        }
+        out->kind = strcmp(text, "cuda") == 0 ? RAST_CUDA : RAST_CPU;
+    }
+    if (index && py_read(index, PY_I32, what, "index", &out->index)) return -1;
+    if (plugin && plugin != Py_None && !(out->plugin = py_utf8(plugin, what, "plugin"))) return -1;
+    return 0;
+}
+
 static PyObject *model_new(PyTypeObject *type, PyObject *positional, PyObject *named) {
-    static char *keywords[] = {"nets", "isa", "num_threads", "n_valid", "pieces", NULL};
-    PyObject *nets, *isa = Py_None, *num_threads = NULL, *n_valid = NULL, *pieces = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(positional, named, "O|$OOOO:Model", keywords, &nets, &isa, &num_threads, &n_valid,
-                                     &pieces))
+    static char *keywords[] = {"nets", "device", "index", "plugin", "isa", "num_threads", "n_valid", "pieces", NULL};
+    PyObject *nets, *name = NULL, *index = NULL, *plugin = NULL, *isa = Py_None, *num_threads = NULL, *n_valid = NULL;
+    PyObject *pieces = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(positional, named, "O|$OOOOOOO:Model", keywords, &nets, &name, &index, &plugin,
+                                     &isa, &num_threads, &n_valid, &pieces))
         return NULL;
 
     rast_device device = {0};
     rast_vocab vocab = {0};
+    if (read_device(name, index, plugin, "Model", &device)) return NULL;
     if (isa != Py_None && !(device.isa = py_utf8(isa, "Model", "isa"))) return NULL;
     if (num_threads && py_read(num_threads, PY_I32, "Model", "num_threads", &device.n_threads)) return NULL;
     if (n_valid && py_read(n_valid, PY_I32, "Model", "n_valid", &vocab.n_valid)) return NULL;
@@ -353,11 +371,11 @@ static PyObject *model_net_info(PyObject *object, PyObject *unused) {
     for (size_t i = 0; list && i < n; i++) {
         rast_net_info info;
         rast_model_net_info(self->model, i, &info);
-        PyObject *dict =
-            Py_BuildValue("{sOsnsnsnsssisi}", "name", PyTuple_GET_ITEM(self->names, (Py_ssize_t)i), "weight_bytes",
-                          (Py_ssize_t)info.weight_bytes, "n_parameters", (Py_ssize_t)info.n_parameters,
-                          "kv_bytes_per_token", (Py_ssize_t)info.kv_bytes_per_token, "dtype", dtypes[info.dtype].net,
-                          "vocab_size", (int)info.vocab_size, "max_context", (int)info.max_context);
+        PyObject *dict = Py_BuildValue(
+            "{sOsnsnsnsnsssisi}", "name", PyTuple_GET_ITEM(self->names, (Py_ssize_t)i), "weight_bytes",
+            (Py_ssize_t)info.weight_bytes, "n_parameters", (Py_ssize_t)info.n_parameters, "device_bytes",
+            (Py_ssize_t)info.device_bytes, "kv_bytes_per_token", (Py_ssize_t)info.kv_bytes_per_token, "dtype",
+            dtypes[info.dtype].net, "vocab_size", (int)info.vocab_size, "max_context", (int)info.max_context);
         if (!dict)
             Py_CLEAR(list);
         else
@@ -380,8 +398,9 @@ static PyMethodDef model_methods[] = {
 };
 
 static PyType_Slot model_slots[] = {
-    {Py_tp_doc, "Model(nets, *, isa=None, num_threads=0, n_valid=0, pieces=None)\n--\n\n"
-                "The distinct nets of a transfer on one device; net 0 is the base. Uses the arrays in place."},
+    {Py_tp_doc, "Model(nets, *, device='cpu', index=0, plugin=None, isa=None, num_threads=0, n_valid=0, pieces=None)\n"
+                "--\n\n"
+                "The distinct nets of a transfer on one device; net 0 is the base. The CPU uses the arrays in place."},
     {Py_tp_new, model_new},
     {Py_tp_dealloc, model_dealloc},
     {Py_tp_traverse, model_traverse},
@@ -407,6 +426,20 @@ PyObject *py_memory_read(PyObject *module, PyObject *array) {
     Py_END_ALLOW_THREADS;
     PyBuffer_Release(&view);
     return PyLong_FromUnsignedLongLong(sum);
+}
+
+PyObject *py_check_device(PyObject *module, PyObject *args) {
+    PyObject *name, *index = NULL, *plugin = NULL;
+    rast_device device = {0};
+    rast_error err = {0};
+    int rc;
+    if (!PyArg_ParseTuple(args, "O|OO:check_device", &name, &index, &plugin)) return NULL;
+    if (read_device(name, index, plugin, "check_device", &device)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    rc = rast_device_check(&device, &err);
+    Py_END_ALLOW_THREADS;
+    if (rc) return py_raise(PyModule_GetState(module), &err);
+    Py_RETURN_NONE;
 }
 
 PyObject *py_cpu_isas(PyObject *module, PyObject *unused) {

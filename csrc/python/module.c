@@ -51,6 +51,8 @@ static int module_clear(PyObject *module) {
 
 static PyMethodDef module_methods[] = {
     {"cpu_isas", py_cpu_isas, METH_NOARGS, "cpu_isas() -> the instruction sets this machine can run, best last"},
+    {"check_device", py_check_device, METH_VARARGS,
+     "check_device(device, index=0, plugin=None): opens and closes it; RuntimeError says what is missing"},
     {"memory_read", py_memory_read, METH_O,
      "memory_read(array) -> int: reads a contiguous array once, at the memory's speed for one thread, without the GIL"},
     {"quantize", py_quantize, METH_VARARGS, "quantize(array, dtype, type, out): rows of floats to rows of blocks"},

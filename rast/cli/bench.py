@@ -50,6 +50,8 @@ def bench(
                 f"{model.max_context} tokens"
             )
         facts = model.info()
+        if facts["device"] != "cpu":
+            raise ValueError(f"rast bench measures the CPU, and this is {facts['device']}: add --device cpu")
         if not results and not as_json:
             typer.echo(_head(facts, prompt_tokens, new_tokens, rounds))
         for size in batches:

@@ -30,7 +30,7 @@ Pair = Annotated[
     ),
 ]
 Strength = Annotated[float, typer.Option("--transfer-strength", "--strength", help="λ of --expert.")]
-Device = Annotated[str, typer.Option(help="auto or cpu.")]
+Device = Annotated[str, typer.Option(help="auto (cuda where it can be used), cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str | None,

@@ -67,7 +67,10 @@ def _as_text(facts: dict[str, Any]) -> str:
     lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), ""]
     if facts["transfer_strength"]:
         lines.append(f"transfer strength: {', '.join(f'{s:g}' for s in facts['transfer_strength'])}")
-    lines.append(f"device: {facts['device']}, {facts['isa']}, {facts['num_threads']} threads")
+    threads = f", {facts['num_threads']} threads" if facts["device"] == "cpu" else ""
+    lines.append(f"device: {facts['device']}, {facts['isa']}{threads}")
+    if facts["device_reason"]:
+        lines.append(f"not on CUDA: {facts['device_reason']}")
     lines += [f"warning: {text}" for text in facts["warnings"]]
     if "not_finite" in facts:
         lines += [

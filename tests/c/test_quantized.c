@@ -306,7 +306,7 @@ static void test_ops(const cpu_kernels *k, int32_t n_threads) {
     const rast_weight *ww[JOBS][MODELS], *biases[MODELS] = {&bias, &bias};
     for (size_t i = 0; i < MAX_OUT; i++) bias_data[i] = uniform();
     const rast_tensor bias_tensor = {"bias", bias_data, RAST_F32, 1, {MAX_OUT, 0}};
-    CHECK(ops->bind(ctx, &bias_tensor, &bias, &err) == RAST_OK, "%s", err.message);
+    CHECK(ops->bind(ctx, &bias_tensor, RAST_F32, &bias, &err) == RAST_OK, "%s", err.message);
     for (size_t i = 0; i < 3; i++) {
         x[i] = allocate(MODELS * CAP * 320 * sizeof **x);
         fill_activations(x[i], MODELS * CAP * 320);
@@ -323,7 +323,7 @@ static void test_ops(const cpu_kernels *k, int32_t n_threads) {
                     fill_row(w[j][m] + o * stride, types[j], depth[j]);
             }
             const rast_tensor t = {"w", w[j][m], types[j], 2, {out[j], depth[j]}};
-            CHECK(ops->bind(ctx, &t, &weights[j][m], &err) == RAST_OK, "%s", err.message);
+            CHECK(ops->bind(ctx, &t, RAST_F32, &weights[j][m], &err) == RAST_OK, "%s", err.message);
             CHECK(weights[j][m].data == (rast_dev)(uintptr_t)w[j][m], "bind is no alias");
             ww[j][m] = &weights[j][m];
         }
@@ -370,7 +370,7 @@ static void test_ops(const cpu_kernels *k, int32_t n_threads) {
     }
     rast_weight none;
     const rast_tensor odd = {"odd", w[0][0], RAST_Q8_0, 2, {2, 40}};
-    CHECK(ops->bind(ctx, &odd, &none, &err) == RAST_ERR_VALUE && strstr(err.message, "odd"), "rows of 40");
+    CHECK(ops->bind(ctx, &odd, RAST_F32, &none, &err) == RAST_ERR_VALUE && strstr(err.message, "odd"), "rows of 40");
     for (size_t j = 0; j < JOBS; j++) {
         for (size_t m = 0; m < MODELS; m++) free(w[j][m]);
         free(y[j]);

@@ -141,13 +141,13 @@ static size_t cpu_free_memory(rast_ctx *ctx) {
     return left == SIZE_MAX ? (size_t)1 << 30 : left;
 }
 
-static int cpu_bind(rast_ctx *ctx, const rast_tensor *t, rast_weight *out, rast_error *err) {
+static int cpu_bind(rast_ctx *ctx, const rast_tensor *t, int32_t act_type, rast_weight *out, rast_error *err) {
     if (t->n_dims != 1 && t->n_dims != 2)
         return rast_fail(err, RAST_ERR_VALUE, "tensor %s has %d dimensions, not 1 or 2", t->name ? t->name : "?",
                          t->n_dims);
     const size_t n_out = t->n_dims == 2 ? t->shape[0] : 1, n_in = t->shape[t->n_dims == 2];
     const char *name = t->name ? t->name : "?";
-    (void)ctx;
+    (void)ctx, (void)act_type; /* any two types multiply */
     if (!rast_type_group(t->dtype))
         return rast_fail(err, RAST_ERR_UNSUPPORTED, "tensor %s: unknown dtype %d", name, t->dtype);
     const size_t stride = rast_row_bytes(t->dtype, n_in);
@@ -310,6 +310,7 @@ int32_t cpu_queue_threads(const rast_queue *q) { return q->ctx->n_threads; }
 
 const rast_ops rast_cpu_ops = {
     .name = "cpu",
+    .cache_percent = 50,
     .open = cpu_open,
     .close = cpu_close,
     .isa = cpu_isa,

@@ -1,0 +1,309 @@
+/* ops.c: the ops: how each is recorded, what it needs, and how it is enqueued: products by cuBLAS, the rest by kernels. */
+#include "cuda.h"
+
+#include <string.h>
+
+/* float32 logits of all terms that one call of the transfer step reads: more outputs go in pieces */
+static const size_t LOGITS_BYTES = (size_t)128 << 20;
+
+/* ---- recording ----------------------------------------------------------------------------------------------------- */
+
+void cuda_copy(rast_queue *q, rast_dev dst, rast_dev src, size_t bytes, int kind) {
+    cuda_op *op = bytes ? cuda_record(q, CUDA_COPY, NULL) : NULL;
+    if (!op) return;
+    op->u.copy.dst = dst;
+    op->u.copy.src = src;
+    op->u.copy.bytes = bytes;
+    op->u.copy.kind = kind;
+}
+
+void cuda_embed(rast_queue *q, const rast_pass *pass, const rast_weight *const *w, rast_dev y) {
+    cuda_op *op = cuda_record(q, CUDA_EMBED, pass);
+    if (!op) return;
+    op->w = w;
+    op->u.rows.y = y;
+}
+
+void cuda_norm(rast_queue *q, const rast_pass *pass, int extent, rast_dev x, rast_dev add, const rast_weight *const *w,
+               int32_t dim, int32_t group, float eps, rast_dev y, int32_t y_type) {
+    cuda_op *op = cuda_record(q, CUDA_NORM, pass);
+    if (!op) return;
+    op->w = w;
+    op->u.rows.x = x;
+    op->u.rows.add = add;
+    op->u.rows.y = y;
+    op->u.rows.extent = extent;
+    op->u.rows.dim = dim;
+    op->u.rows.group = group;
+    op->u.rows.y_type = y_type;
+    op->u.rows.eps = eps;
+}
+
+void cuda_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32_t n) {
+    for (int32_t j = 0; j < n; j++) {
+        cuda_op *op = cuda_record(q, CUDA_MATMUL, pass);
+        if (op) op->u.matmul.job = jobs[j];
+    }
+}
+
+void cuda_rope_kv(rast_queue *q, const rast_pass *pass, rast_dev query, rast_dev k, rast_dev v, rast_dev table,
+                  int32_t interleaved, const rast_kv *kv) {
+    cuda_op *op = cuda_record(q, CUDA_ROPE_KV, pass);
+    if (!op) return;
+    op->u.attention.kv = *kv;
+    op->u.attention.q = query;
+    op->u.attention.k = k;
+    op->u.attention.v = v;
+    op->u.attention.table = table;
+    op->u.attention.interleaved = interleaved;
+}
+
+void cuda_attention(rast_queue *q, const rast_pass *pass, rast_dev query, const rast_kv *kv, int32_t window,
+                    float scale, rast_dev y) {
+    cuda_op *op = cuda_record(q, CUDA_ATTENTION, pass);
+    if (!op) return;
+    op->u.attention.kv = *kv;
+    op->u.attention.q = query;
+    op->u.attention.window = window;
+    op->u.attention.scale = scale;
+    op->u.attention.y = y;
+}
+
+void cuda_glu(rast_queue *q, const rast_pass *pass, rast_dev gate, rast_dev up, int32_t dim, rast_dev y) {
+    cuda_op *op = cuda_record(q, CUDA_GLU, pass);
+    if (!op) return;
+    op->u.rows.x = gate;
+    op->u.rows.add = up;
+    op->u.rows.dim = dim;
+    op->u.rows.y = y;
+}
+
+void cuda_gather(rast_queue *q, const rast_pass *pass, rast_dev x, rast_dev add, int32_t dim, rast_dev y) {
+    cuda_op *op = cuda_record(q, CUDA_GATHER, pass);
+    if (!op) return;
+    op->u.rows.x = x;
+    op->u.rows.add = add;
+    op->u.rows.dim = dim;
+    op->u.rows.y = y;
+}
+
+void cuda_combine(rast_queue *q, const rast_logits *l) {
+    cuda_op *op = l->n_out > 0 ? cuda_record(q, CUDA_COMBINE, NULL) : NULL;
+    if (op) op->u.combine = *l;
+}
+
+void cuda_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, size_t block_stride, rast_dev pairs,
+                      int32_t n) {
+    cuda_op *op = n > 0 ? cuda_record(q, CUDA_COPY_BLOCKS, NULL) : NULL;
+    if (!op) return;
+    op->u.blocks.base = base;
+    op->u.blocks.block_stride = block_stride;
+    op->u.blocks.pairs = pairs;
+    op->u.blocks.n_models = n_models;
+    op->u.blocks.n = n;
+}
+
+/* ---- needs --------------------------------------------------------------------------------------------------------- */
+
+/* Floats from a row of logits to the next: rows begin at 16 bytes. */
+static size_t logits_stride(const rast_logits *l) { return ((size_t)l->n_vocab + 3) / 4 * 4; }
+
+static size_t n_products(const rast_logits *l) {
+    size_t n = 0;
+    for (int32_t m = 0; m < l->n_terms; m++) n += l->terms[m].hidden != 0 && !l->terms[m].saved;
+    return n;
+}
+
+/* Outputs of one call of the transfer step. */
+static int32_t piece_of(const rast_logits *l) {
+    const size_t row = n_products(l) * logits_stride(l) * sizeof(float);
+    const size_t most = row ? LOGITS_BYTES / row : SIZE_MAX;
+    if (!most) return 1;
+    return most < (size_t)l->n_out ? (int32_t)most : l->n_out;
+}
+
+cuda_needs cuda_op_needs(const cuda_op *op) {
+    cuda_needs needs = {0};
+    if (op->kind == CUDA_MATMUL) {
+        needs.products = 1;
+        if (op->pass.n_models > 1) needs.n_pointers = 3 * op->pass.n_models;
+    } else if (op->kind == CUDA_ATTENTION) {
+        needs.attention = rast_kernel_attention_scratch(&op->pass, &op->u.attention.kv);
+    } else if (op->kind == CUDA_COMBINE) {
+        const rast_logits *l = &op->u.combine;
+        const int32_t piece = piece_of(l);
+        needs.products = n_products(l) > 0;
+        needs.logits = n_products(l) * (size_t)piece * logits_stride(l) * sizeof(float);
+        needs.transfer = rast_kernel_transfer_scratch(l, piece);
+    }
+    return needs;
+}
+
+int cuda_op_prepare(rast_ctx *ctx, const cuda_op *op, rast_error *err) {
+    const rast_logits *l = &op->u.combine;
+    int status = RAST_OK;
+    for (int32_t m = 0; op->kind == CUDA_COMBINE && m < l->n_terms && status == RAST_OK; m++) {
+        rast_dev ids;
+        status = cuda_ids(ctx, l->terms[m].uncommon, l->terms[m].n_uncommon, &ids, err);
+    }
+    return status;
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------------ */
+
+/* y[r, o] = sum_i w[o, i] x[r, i], row-major; to cuBLAS, which thinks in columns, that is y^T = w^T^T x^T. */
+typedef struct {
+    int32_t out, in, rows, type, y_stride; /* of y, in floats */
+} product;
+
+static cudaDataType data_type(int32_t type) {
+    return type == RAST_F32 ? CUDA_R_32F : type == RAST_BF16 ? CUDA_R_16BF : CUDA_R_16F;
+}
+
+static int multiply(rast_queue *q, const product *p, rast_dev w, rast_dev x, rast_dev y, rast_error *err) {
+    const float one = 1, zero = 0;
+    const cublasStatus_t code =
+        cublasGemmEx(q->blas, CUBLAS_OP_T, CUBLAS_OP_N, p->out, p->rows, p->in, &one, cuda_ptr(w), data_type(p->type),
+                     p->in, cuda_ptr(x), data_type(p->type), p->in, &zero, cuda_ptr(y), CUDA_R_32F, p->y_stride,
+                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    return cuda_check_blas(q->ctx, code, "multiplying by weights", err);
+}
+
+/* pointers: [3, n] on the device: weights, inputs, outputs */
+static int multiply_batch(rast_queue *q, const product *p, rast_dev pointers, int32_t n, rast_error *err) {
+    const float one = 1, zero = 0;
+    const void *const *w = cuda_ptr(pointers), *const *x = w + n;
+    void *const *y = (void *const *)cuda_ptr(pointers) + 2 * (ptrdiff_t)n;
+    const cublasStatus_t code = cublasGemmBatchedEx(
+        q->blas, CUBLAS_OP_T, CUBLAS_OP_N, p->out, p->rows, p->in, &one, w, data_type(p->type), p->in, x,
+        data_type(p->type), p->in, &zero, y, CUDA_R_32F, p->y_stride, n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    return cuda_check_blas(q->ctx, code, "multiplying by weights of equal-shaped models", err);
+}
+
+void cuda_op_pointers(const cuda_op *op, uint64_t *out) {
+    const rast_mm *job = &op->u.matmul.job;
+    const size_t n = (size_t)op->pass.n_models, cap = (size_t)op->pass.cap_rows;
+    const size_t in = (size_t)job->w[0]->in * cuda_type_bytes(op->pass.act_type), width = (size_t)job->w[0]->out;
+    for (size_t m = 0; m < n; m++) {
+        out[m] = job->w[m]->data;
+        out[n + m] = job->x + m * cap * in;
+        out[2 * n + m] = job->y + m * cap * width * sizeof(float);
+    }
+}
+
+static int enqueue_matmul(rast_queue *q, const cuda_op *op, rast_error *err) {
+    const rast_mm *job = &op->u.matmul.job;
+    const rast_weight *w = job->w[0];
+    const product p = {w->out, w->in, op->pass.cap_rows, op->pass.act_type, w->out};
+    int status;
+    if (op->pass.n_models == 1)
+        status = multiply(q, &p, w->data, job->x, job->y, err);
+    else
+        status =
+            multiply_batch(q, &p, q->tables.data + op->u.matmul.table * sizeof *q->tables.host, op->pass.n_models, err);
+    if (status == RAST_OK && job->bias) rast_kernel_bias(q->stream, &op->pass, job->bias, job->y);
+    return status;
+}
+
+/* ---- the transfer step --------------------------------------------------------------------------------------------- */
+
+static int enqueue_combine(rast_queue *q, const rast_logits *l, rast_error *err) {
+    rast_transfer_term terms[RAST_KERNEL_MODELS];
+    const size_t stride = logits_stride(l);
+    const int32_t piece = piece_of(l);
+    for (int32_t first = 0; first < l->n_out; first += piece) {
+        const int32_t n = l->n_out - first < piece ? l->n_out - first : piece;
+        rast_dev logits = q->logits.data;
+        for (int32_t m = 0; m < l->n_terms; m++) {
+            const rast_term *t = &l->terms[m];
+            rast_dev uncommon;
+            int status = cuda_ids(q->ctx, t->uncommon, t->n_uncommon, &uncommon, err);
+            if (status) return status;
+            terms[m] = (rast_transfer_term){.stride = stride,
+                                            .n_rows = t->n_rows < l->n_vocab ? t->n_rows : l->n_vocab,
+                                            .uncommon = uncommon,
+                                            .n_uncommon = t->n_uncommon};
+            if (t->saved) {
+                terms[m].logits = t->saved + (size_t)first * (size_t)l->n_vocab * sizeof(float);
+                terms[m].stride = (size_t)l->n_vocab;
+            } else if (t->hidden) {
+                const product p = {terms[m].n_rows, t->head->in, n, t->hidden_type, (int32_t)stride};
+                const size_t row = (size_t)t->head->in * cuda_type_bytes(t->hidden_type);
+                status = multiply(q, &p, t->head->data, t->hidden + (size_t)first * row, logits, err);
+                if (status) return status;
+                terms[m].logits = logits;
+                logits += (size_t)piece * stride * sizeof(float);
+            }
+        }
+        rast_kernel_transfer(q->stream, l, terms, first, n, q->transfer.data);
+    }
+    return RAST_OK;
+}
+
+/* ---- the others ---------------------------------------------------------------------------------------------------- */
+
+static int enqueue_copy(rast_queue *q, const cuda_op *op, rast_error *err) {
+    const void *src = cuda_ptr(op->u.copy.src);
+    void *dst = cuda_ptr(op->u.copy.dst);
+    enum cudaMemcpyKind kind = cudaMemcpyDeviceToDevice;
+    if (op->u.copy.kind == RAST_COPY_TO_DEVICE) {
+        kind = cudaMemcpyHostToDevice;
+        src = q->to_device.data + op->u.copy.at;
+    } else if (op->u.copy.kind == RAST_COPY_TO_HOST) {
+        kind = cudaMemcpyDeviceToHost;
+        dst = q->to_host.data + op->u.copy.at;
+    }
+    return cuda_check(q->ctx, cudaMemcpyAsync(dst, src, op->u.copy.bytes, kind, q->stream), "copying", err);
+}
+
+int cuda_op_enqueue(rast_queue *q, const cuda_op *op, rast_error *err) {
+    static const char *const doing[] = {[CUDA_COPY] = "copying",
+                                        [CUDA_EMBED] = "reading embeddings",
+                                        [CUDA_NORM] = "normalising",
+                                        [CUDA_MATMUL] = "adding biases",
+                                        [CUDA_ROPE_KV] = "rotating and caching keys",
+                                        [CUDA_ATTENTION] = "attending",
+                                        [CUDA_GLU] = "gating",
+                                        [CUDA_GATHER] = "gathering rows",
+                                        [CUDA_COMBINE] = "transferring and drawing",
+                                        [CUDA_COPY_BLOCKS] = "copying KV blocks"};
+    const rast_pass *pass = &op->pass;
+    cudaStream_t stream = q->stream;
+    int status = RAST_OK;
+    switch (op->kind) {
+    case CUDA_COPY:
+        return enqueue_copy(q, op, err);
+    case CUDA_EMBED:
+        rast_kernel_embed(stream, pass, op->w, op->u.rows.y);
+        break;
+    case CUDA_NORM:
+        rast_kernel_norm(stream, pass, op->u.rows.extent, op->u.rows.x, op->u.rows.add, op->w, op->u.rows.dim,
+                         op->u.rows.group, op->u.rows.eps, op->u.rows.y, op->u.rows.y_type);
+        break;
+    case CUDA_MATMUL:
+        status = enqueue_matmul(q, op, err);
+        break;
+    case CUDA_ROPE_KV:
+        rast_kernel_rope_kv(stream, pass, op->u.attention.q, op->u.attention.k, op->u.attention.v,
+                            op->u.attention.table, op->u.attention.interleaved, &op->u.attention.kv);
+        break;
+    case CUDA_ATTENTION:
+        rast_kernel_attention(stream, pass, op->u.attention.q, &op->u.attention.kv, op->u.attention.window,
+                              op->u.attention.scale, op->u.attention.y, q->attention.data);
+        break;
+    case CUDA_GLU:
+        rast_kernel_glu(stream, pass, op->u.rows.x, op->u.rows.add, op->u.rows.dim, op->u.rows.y);
+        break;
+    case CUDA_GATHER:
+        rast_kernel_gather(stream, pass, op->u.rows.x, op->u.rows.add, op->u.rows.dim, op->u.rows.y);
+        break;
+    case CUDA_COMBINE:
+        status = enqueue_combine(q, &op->u.combine, err);
+        break;
+    case CUDA_COPY_BLOCKS:
+        rast_kernel_copy_blocks(stream, op->u.blocks.base, op->u.blocks.n_models, op->u.blocks.block_stride,
+                                op->u.blocks.pairs, op->u.blocks.n);
+        break;
+    }
+    return status ? status : cuda_check(q->ctx, cudaGetLastError(), doing[op->kind], err);
+}

@@ -1,0 +1,367 @@
+"""The CUDA backend when things go wrong, its graphs, and its choice of device. For the emulated devices, whose faults can be
+chosen; `test_graphs_*` and `test_device_names` also run on a real one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backend import EMULATED, Emulation, library, run_python
+from oracle import FULL, ModelZoo, load_rast, random_prompts
+
+import rast
+from rast import _core, devices
+
+needs_emulation = pytest.mark.skipif(not EMULATED, reason="a real device does not fail on demand")
+
+OUT_OF_MEMORY, LAUNCH_FAILURE, ILLEGAL_ADDRESS = 2, 719, 700  # of cudaError
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAST_CUDA_PLUGIN", str(library()))
+    monkeypatch.setenv("CUDA_EMULATION_QUIET", "1")
+
+
+@pytest.fixture
+def emulation() -> Iterator[Any]:
+    """Sound before and after; None on a real device."""
+    emulation = Emulation() if EMULATED else None
+    yield emulation
+    if emulation:
+        emulation.defaults()
+
+
+@pytest.fixture(scope="module")
+def folders(zoo: ModelZoo) -> tuple[Path, Path, Path]:
+    return zoo.trio("llama-bias", num_hidden_layers=1)
+
+
+def generate(model: Any, **options: Any) -> Any:
+    prompts = random_prompts(3, 300, seed=4, low=2, high=35)
+    options = dict(do_sample=True, seed=5, max_new_tokens=6, pad_token_id=0) | options
+    return model.generate(prompts, return_dict_in_generate=True, **options)
+
+
+# ---- which device ----------------------------------------------------------------------------------------------------------
+
+
+def test_device_names(folders: tuple[Path, Path, Path]) -> None:
+    for name in ("cuda", "cuda:0", "auto"):
+        info = load_rast(folders[0], device=name).info()
+        assert (info["device"], info["device_reason"]) == ("cuda:0", "")
+    for name in ("gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", ""):
+        with pytest.raises(ValueError, match=re.escape(repr(name))):
+            load_rast(folders[0], device=name)
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("driver", 0, "no NVIDIA driver"),
+        ("driver", 12080, r"too old.*CUDA 12\.8.*13\.0"),
+        ("devices", 0, "no CUDA device"),
+        ("capability", 75, r"capability 7\.5.*8\.0"),
+    ],
+)
+def test_machine_without_a_usable_device(
+    emulation: Emulation, folders: tuple[Path, Path, Path], setting: str, value: int, message: str
+) -> None:
+    getattr(emulation.lib, f"cuda_emulation_{setting}")(value)
+    with pytest.raises(RuntimeError, match=message):
+        load_rast(folders[0], device="cuda")
+    info = load_rast(folders[0], device="auto").info()
+    assert info["device"] == "cpu"
+    assert re.search(message, info["device_reason"])
+
+
+@needs_emulation
+def test_device_numbers(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(RuntimeError, match="no such device.*shows 1"):
+        load_rast(folders[0], device="cuda:1")
+    emulation.lib.cuda_emulation_devices(2)
+    first, second = (load_rast(*folders, device=name) for name in ("cuda:0", "cuda:1"))
+    assert second.info()["device"] == "cuda:1"
+    for _ in range(2):  # in turn: each call selects its own
+        np.testing.assert_array_equal(generate(first).sequences, generate(second).sequences)
+    current = ctypes.c_int(-1)
+    emulation.lib.cudaGetDevice(ctypes.byref(current))
+    assert current.value == 0  # and leaves the caller's as it was
+
+
+@needs_emulation
+def test_plugins_that_are_none(
+    emulation: Emulation, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    for path, message in (
+        (tmp_path / "missing.so", "does not exist"),
+        (broken, "cannot be loaded"),
+        (library().with_name("libcuda_emulated.so"), "not a backend"),
+    ):
+        monkeypatch.setenv(devices.PLUGIN, str(path))
+        with pytest.raises(RuntimeError, match=message):
+            load_rast(folders[0], device="cuda")
+        assert re.search(message, load_rast(folders[0], device="auto").info()["device_reason"])
+    with pytest.raises(RuntimeError, match="no path was given"):
+        _core.check_device("cuda")
+    with pytest.raises(ValueError, match="tpu"):
+        _core.check_device("tpu")
+
+
+def test_quantization_is_for_the_cpu(folders: tuple[Path, Path, Path]) -> None:
+    for option in ("int8", "int4", {"base": "int4-64"}):
+        with pytest.raises(ValueError, match="for the CPU"):
+            load_rast(folders[0], device="cuda", quantization=option)
+    assert load_rast(folders[0], device="auto", quantization="none").info()["device"] == "cuda:0"
+
+
+def test_after_fork(folders: tuple[Path, Path, Path]) -> None:
+    """The child gets an error, frees the model without a crash, and the parent goes on."""
+    code = f"""
+import os, sys
+import numpy as np
+from rast import _core
+import rast
+model = rast.RastForCausalLM.from_pretrained({str(folders[0])!r}, device="cuda", dtype="float32")
+first = model.generate(np.arange(5), max_new_tokens=3, do_sample=False, pad_token_id=0)
+child = os.fork()
+if child == 0:
+    try:
+        model._process = os.getpid()  # past Python's own check
+        model.generate(np.arange(5), max_new_tokens=3, pad_token_id=0)
+    except RuntimeError as error:
+        del model
+        os._exit(7 if "fork" in str(error) else 8)
+    os._exit(9)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert (model.generate(np.arange(5), max_new_tokens=3, do_sample=False, pad_token_id=0) == first).all()
+print("alive")
+"""
+    assert run_python(code).strip() == "alive"
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@needs_emulation
+def test_everything_is_released(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    model = load_rast(*folders, device="cuda", kv_cache_tokens=512)
+    generate(model, output_logits=True, output_scores=True, repetition_penalty=1.2, suppress_tokens=[3])
+    assert emulation.alive().left()
+    del model
+    assert emulation.alive().left() == {}
+
+
+@needs_emulation
+def test_too_little_memory_at_load(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    """Said before anything is copied; and where that estimate is met, by the allocation that fails."""
+    emulation.lib.cuda_emulation_memory(100 << 10)
+    with pytest.raises(MemoryError, match=r"weights of all models take [\d.]+ MiB.*0\.1 MiB are free"):
+        load_rast(*folders, device="cuda")
+    need = sum(net["device_bytes"] for net in load_with(emulation, folders, 4 << 30)._core_model.net_info())
+    emulation.lib.cuda_emulation_memory(need + 4096)
+    with pytest.raises(MemoryError, match=r"MiB are free.*holds [\d.]+ MiB of weights"):
+        load_rast(*folders, device="cuda")
+    assert emulation.alive().left() == {}
+
+
+def load_with(emulation: Emulation, folders: tuple[Path, Path, Path], memory: int, **options: Any) -> Any:
+    emulation.lib.cuda_emulation_memory(memory)
+    return load_rast(*folders, device="cuda", **options)
+
+
+@needs_emulation
+def test_too_little_memory_in_use(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    """A step that needs more than there is fails; the model is sound, and goes on when there is memory again."""
+    want = generate(load_rast(*folders, device="cuda", kv_cache_tokens=512), output_logits=True)
+    model = load_with(emulation, folders, 4 << 30, kv_cache_tokens=512)
+    np.testing.assert_array_equal(generate(model).sequences, want.sequences)
+    emulation.lib.cuda_emulation_memory(emulation.alive().device_bytes + 1000)
+    with pytest.raises(MemoryError, match="no memory for .* of the workspace"):
+        generate(model, output_logits=True)
+    emulation.lib.cuda_emulation_memory(4 << 30)
+    got = generate(model, output_logits=True)
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    np.testing.assert_array_equal(np.stack(got.logits), np.stack(want.logits))
+
+
+@needs_emulation
+def test_cache_takes_what_is_left(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    model = load_with(emulation, folders, 512 << 20, max_context=65536)
+    info = model.cache_info()
+    assert 0.8 * (512 << 20) < info["kv_bytes"] <= 0.9 * (512 << 20)
+    generate(model)
+    del model
+    total = sum(net["device_bytes"] for net in load_rast(*folders, device="cuda")._core_model.net_info())
+    model = load_rast(*folders, device="cuda", max_memory=total + (4 << 20))
+    assert 3 << 20 < model.cache_info()["kv_bytes"] <= 4 << 20
+    with pytest.raises(ValueError, match="max_memory"):
+        load_rast(*folders, device="cuda", max_memory=total)
+
+
+# ---- errors of the device ----------------------------------------------------------------------------------------------------
+
+
+@needs_emulation
+def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    """The n-th call of a load and two runs fails: an exception or the right result, and all is released. A device that has
+    failed is not used again; one that ran out of memory is."""
+    want = generate(load_rast(*folders, device="cuda", kv_cache_tokens=256)).sequences
+    before = emulation.lib.cuda_emulation_calls()
+    model = load_rast(*folders, device="cuda", kv_cache_tokens=256)
+    at_load = emulation.lib.cuda_emulation_calls() - before
+    generate(model)
+    n_calls = emulation.lib.cuda_emulation_calls() - before
+    del model
+    # all of some stretches: opening, the first weights, the end of loading and the first steps
+    sweep = range(1, n_calls + 1) if FULL else [*range(1, 40, 3), *range(at_load - 6, at_load + 200, 7)]
+    failed = 0
+    for n in sweep:
+        for error in (OUT_OF_MEMORY, LAUNCH_FAILURE):
+            emulation.lib.cuda_emulation_fail_call(n, error)
+            model = None
+            try:
+                model = load_rast(*folders, device="cuda", kv_cache_tokens=256)
+                got = generate(model)
+                np.testing.assert_array_equal(got.sequences, want)
+            except (RuntimeError, MemoryError) as exception:
+                failed += 1
+                emulation.lib.cuda_emulation_fail_call(0, 0)
+                if model is not None and isinstance(exception, MemoryError):
+                    np.testing.assert_array_equal(generate(model).sequences, want)
+                elif model is not None:
+                    with pytest.raises(RuntimeError, match="has failed and is not used any more"):
+                        generate(model)
+            emulation.lib.cuda_emulation_fail_call(0, 0)
+            del model
+            assert emulation.alive().left() == {}, (n, error)
+            emulation.lib.cuda_emulation_reset()
+    assert failed > len(sweep)
+
+
+@needs_emulation
+@pytest.mark.parametrize("n", [1, 40, 300])
+def test_error_in_the_middle_of_a_step(emulation: Emulation, folders: tuple[Path, Path, Path], n: int) -> None:
+    """Work fails while it runs, as after an illegal access: the model says so, refuses, and lets go; the process lives."""
+    model = load_rast(*folders, device="cuda", kv_cache_tokens=256)
+    emulation.lib.cuda_emulation_fail_work(n, ILLEGAL_ADDRESS)
+    with pytest.raises(RuntimeError, match="cuda:0 failed while"):
+        generate(model)
+    with pytest.raises(RuntimeError, match="not used any more"):
+        generate(model)
+    del model
+    emulation.defaults()
+    generate(load_rast(*folders, device="cuda", kv_cache_tokens=256))
+
+
+# ---- graphs ------------------------------------------------------------------------------------------------------------------
+
+
+def steps(model: Any) -> list[Any]:
+    """Calls whose steps differ in all that a graph's key must hold: batch, context, rows, masks, histories, pairs."""
+    long = dict(max_new_tokens=40, min_new_tokens=40, eos_token_id=1)
+    calls: list[dict[str, Any]] = [
+        long,
+        dict(output_logits=True),
+        long,
+        dict(num_return_sequences=3, output_scores=True, top_k=5),
+        dict(repetition_penalty=1.3, output_logits=True, num_return_sequences=4),
+        long | dict(transfer_strength=[1, 0, 0.5]),
+        dict(suppress_tokens=[3, 4], output_scores=True),
+        long | dict(do_sample=False),
+        dict(output_logits=True, num_return_sequences=2),
+    ]
+    return [generate(model, **call) for call in calls]
+
+
+@pytest.mark.parametrize("seed", range(20) if FULL else range(2))
+def test_graphs_change_nothing(
+    folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, seed: int, emulation: Emulation | None
+) -> None:
+    """Replayed steps give the numbers of recorded ones, bit by bit, in any order that streams allow."""
+    outputs = []
+    for graphs in ("1", "0"):
+        monkeypatch.setenv("RAST_CUDA_GRAPHS", graphs)
+        model = load_rast(*folders, device="cuda", kv_cache_tokens=2048)
+        if emulation:
+            emulation.lib.cuda_emulation_seed(seed)
+        outputs.append(steps(model))
+        if emulation:
+            assert (emulation.alive().graph_execs > 8) == (graphs == "1")
+            assert emulation.lib.cuda_emulation_report() == b""
+        del model
+    for with_graphs, without in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(with_graphs.sequences, without.sequences)
+        for name in ("logprob", "base_logprob", "transfer_kl", "logits", "scores"):
+            np.testing.assert_array_equal(getattr(with_graphs, name), getattr(without, name), err_msg=name)
+
+
+def test_dequantized_on_the_way(folders: tuple[Path, Path, Path]) -> None:
+    """Blocks of a file's quantized types arrive as the numbers they stand for."""
+    rng = np.random.default_rng(0)
+    vocab, hidden = 64, 64
+    shapes = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "model.layers.0.input_layernorm.weight": (hidden,),
+        "model.layers.0.post_attention_layernorm.weight": (hidden,),
+        **{f"model.layers.0.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"},
+        "model.layers.0.mlp.gate_proj.weight": (128, hidden),
+        "model.layers.0.mlp.up_proj.weight": (128, hidden),
+        "model.layers.0.mlp.down_proj.weight": (hidden, 128),
+    }
+    weights = {name: rng.normal(size=shape).astype(np.float32) / 4 for name, shape in shapes.items()}
+    config: _core.NetConfig = dict(
+        n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_size=hidden, intermediate_size=128, vocab_size=vocab,
+        max_context=64, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,
+    )  # fmt: skip
+
+    def logits(tensors: Any, device: str) -> Any:
+        net: _core.Net = dict(name="net", config=config, tensors=tensors, dtype="float32")
+        model = _core.Model([net], device=device, plugin=os.environ[devices.PLUGIN])
+        request: _core.Request = dict(
+            ids=np.arange(9, dtype=np.int32), coef=np.ones(1, np.float32), max_new=0,
+            want=_core.WANT_PROMPT | _core.WANT_LOGITS,
+        )  # fmt: skip
+        (result,) = _core.Engine(model, kv_bytes=1 << 20).run([request])
+        return result["prompt"]["logits"]
+
+    for type, group, bytes_ in (("Q8_0", 32, 34), ("Q4_1", 32, 20), ("Q4_64", 64, 36)):
+        blocks, floats = {}, {}
+        for name, array in weights.items():
+            if array.ndim == 1:
+                blocks[name] = floats[name] = (array, "F32")
+                continue
+            out = np.zeros((array.shape[0], array.shape[1] // group * bytes_), np.uint8)
+            _core.quantize(array, "F32", type, out)
+            blocks[name] = (out, type)
+            floats[name] = (dequantized(out, type, array.shape), "F32")
+        np.testing.assert_array_equal(logits(blocks, "cuda"), logits(floats, "cuda"))
+
+
+def dequantized(blocks: Any, type: str, shape: tuple[int, ...]) -> Any:
+    """By the definition of the types in csrc/rast.h."""
+    group, head = (64 if type == "Q4_64" else 32), (2 if type == "Q8_0" else 4)
+    rows = blocks.reshape(-1, head + (group if type == "Q8_0" else group // 2))
+    scales = rows[:, :head].copy().view(np.float16).astype(np.float32)
+    q = rows[:, head:]
+    if type == "Q8_0":
+        return (scales[:, :1] * q.view(np.int8)).reshape(shape)
+    halves = q.reshape(len(rows), -1, 1, 16)
+    values = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(len(rows), group)
+    return (scales[:, :1] * values + scales[:, 1:]).reshape(shape)
+
+
+def test_info_names_the_device(folders: tuple[Path, Path, Path]) -> None:
+    model = load_rast(folders[0], device="cuda")
+    assert "sm_" in model.info()["isa"] and "cuda:0: " in repr(model)
+    assert isinstance(model, rast.RastForCausalLM)

@@ -1,0 +1,181 @@
+"""Whole models on CUDA against the CPU backend, which other tests compare with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from backend import library
+from oracle import (
+    ARCHITECTURES,
+    FULL,
+    ModelZoo,
+    assert_logits_close,
+    details,
+    kl_divergence,
+    load_rast,
+    random_prompts,
+)
+
+import rast
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAST_CUDA_PLUGIN", str(library()))
+    yield
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    """The demonstration trio in float32: on CUDA, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAST_CUDA_PLUGIN", str(library()))
+        models = [rast.load_demo(device=device, dtype="float32") for device in ("cuda", "cpu")]
+    return models[0], models[1]
+
+
+def both(*folders: Any, **options: Any) -> tuple[Any, Any]:
+    """The same models on CUDA and on the CPU."""
+    cuda = load_rast(*folders, **{**options, "device": "cuda"})
+    assert cuda.info()["device"] == "cuda:0"
+    return cuda, load_rast(*folders, **options)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Two outputs of `details`: tokens equal, numbers equal up to rounding."""
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    assert got.finish_reason == want.finish_reason
+    np.testing.assert_array_equal(got.base_token, want.base_token)
+    for name in ("logprob", "base_logprob", "transfer_kl"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-3, atol=2e-4, err_msg=name)
+    assert_logits_close(np.stack(got.logits), np.stack(want.logits), context="logits")
+    got_scores, scores = np.stack(got.scores), np.stack(want.scores)
+    np.testing.assert_array_equal(np.isfinite(got_scores), np.isfinite(scores))
+    finite = np.isfinite(scores)
+    assert_logits_close(got_scores[finite], scores[finite], context="scores")
+
+
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
+def test_architectures(zoo: ModelZoo, arch: str) -> None:
+    """Prefill and decoding of every architecture; prompts below and above a block of the KV cache."""
+    cuda, cpu = both(zoo.folder(arch))
+    prompts = [ids for n in (1, 33, 70) for ids in random_prompts(1, cpu.vocab_size, seed=n, low=n, high=n)]
+    for ids in prompts:
+        assert_logits_close(cuda.forward(ids), cpu.forward(ids), context=f"{arch}, {len(ids)} tokens")
+    assert_same(*(details(model, prompts, max_new_tokens=8, do_sample=False) for model in (cuda, cpu)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "qwen3", "mistral"] if FULL else ["llama", "qwen3"])
+def test_half_precision(zoo: ModelZoo, arch: str, dtype: str) -> None:
+    """Rounded as on the CPU: as far from float32 as that is, or less far from each other."""
+    base, expert, anti = zoo.trio(arch, dtype=dtype)
+    cuda, cpu = both(base, expert, anti, dtype=dtype)
+    (ids,) = random_prompts(1, cpu.vocab_size, low=60, high=60)
+    exact = load_rast(base, expert, anti).forward(ids)[0]
+    got, want = cuda.forward(ids)[0], cpu.forward(ids)[0]
+    assert kl_divergence(exact, got).mean() <= 1.5 * kl_divergence(exact, want).mean() + 1e-6
+    assert kl_divergence(want, got).mean() <= 1.5 * kl_divergence(exact, want).mean() + 1e-6
+
+
+def test_float32_weights_of_bfloat16_models(zoo: ModelZoo) -> None:
+    """Weights are rounded to the activations' type when they are bound, and the other way round widened."""
+    cuda, cpu = both(zoo.folder("qwen2", dtype="float32"), dtype="bfloat16")
+    (ids,) = random_prompts(1, cpu.vocab_size, low=40, high=40)
+    assert kl_divergence(cpu.forward(ids)[0], cuda.forward(ids)[0]).mean() < 2e-3
+    cuda, cpu = both(zoo.folder("qwen2", dtype="bfloat16"), dtype="float32")
+    assert_logits_close(cuda.forward(ids), cpu.forward(ids))
+
+
+def test_demonstration(demo: tuple[Any, Any]) -> None:
+    """The trio that the package carries: greedy and drawn tokens are the CPU's."""
+    cuda, cpu = demo
+    texts = ["40 + 18 + 62 + 7 + 33 mod 64 =", "29 + 19 + 39 + 17 + 15 + 12 mod 64 =", "4 + 52 + 36 + 49 mod 64 ="]
+    prompts = [cpu.tokenizer.encode(text) for text in texts]
+    assert_same(*(details(model, prompts, do_sample=False) for model in demo))
+    options: dict[str, Any] = dict(do_sample=True, num_return_sequences=3, seed=7)
+    assert_same(*(details(model, prompts, **options) for model in demo))
+    assert_same(*(details(model, prompts, **options, transfer_strength=0.4, transfer_start=3) for model in demo))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.7, top_k=5),
+        dict(top_p=0.8),
+        dict(min_p=0.1, temperature=1.5),
+        dict(repetition_penalty=1.3, top_k=20, top_p=0.9),
+        dict(suppress_tokens=[3, 11, 40], bad_words_ids=[[5], [7, 9]], min_new_tokens=6),
+    ],
+    ids=str,
+)
+def test_options(demo: tuple[Any, Any], options: dict[str, Any]) -> None:
+    cuda, cpu = demo
+    prompts = random_prompts(5, 60, seed=3, low=2, high=40)
+    options = dict(do_sample=True, seed=1, max_new_tokens=12) | options
+    assert_same(*(details(model, prompts, **options) for model in demo))
+
+
+def test_components_and_score(zoo: ModelZoo) -> None:
+    base, expert, anti = zoo.trio()
+    cuda, cpu = both(base, expert, anti)
+    prompts = random_prompts(4, cpu.vocab_size, low=1, high=70)
+    got, want = (model.forward(prompts, return_components=True) for model in (cuda, cpu))
+    assert_logits_close(got.logits, want.logits)
+    for parts in ((got.base, want.base), (got.experts[0], want.experts[0]), (got.antiexperts[0], want.antiexperts[0])):
+        assert_logits_close(*parts)
+    scores = [model.score(prompts) for model in (cuda, cpu)]
+    for name in ("logprob", "base_logprob", "kl"):
+        np.testing.assert_allclose(getattr(scores[0], name), getattr(scores[1], name), rtol=1e-3, atol=2e-4)
+    np.testing.assert_array_equal(scores[0].base_token, scores[1].base_token)
+
+
+def test_strength_zero_does_not_run_the_pair(zoo: ModelZoo) -> None:
+    base, expert, anti = zoo.trio()
+    cuda, cpu = both(base, expert, anti)
+    (ids,) = random_prompts(1, cpu.vocab_size, low=20, high=20)
+    before = cuda.cache_info()["rows"]
+    out = cuda.forward(ids, transfer_strength=0, return_components=True)
+    assert cuda.cache_info()["rows"] - before == 20
+    assert np.isnan(out.experts[0]).all()
+    assert_logits_close(out.logits, cpu.forward(ids, transfer_strength=0))
+
+
+def test_pairs_of_other_shapes(zoo: ModelZoo) -> None:
+    """Three classes, so three queues; different strengths in one batch, so different nets at different rows."""
+    base, pairs = (
+        zoo.folder("llama", seed=1, vocab_size=311),
+        [
+            rast.TransferPair(zoo.folder("qwen2", seed=2), zoo.folder("qwen2", seed=3), 0.8),
+            rast.TransferPair(zoo.folder("qwen3", seed=4), None, 0.3),
+        ],
+    )
+    cuda, cpu = both(base, pairs=pairs)
+    prompts = random_prompts(6, 311, low=2, high=50)
+    strength = [[0.8, 0.3], [0, 0.5], [1, 0], [0, 0], [-0.5, 0.2], [0.8, 0.3]]
+    options: dict[str, Any] = dict(transfer_strength=strength, do_sample=True, seed=2, max_new_tokens=10)
+    assert_same(*(details(model, prompts, **options) for model in (cuda, cpu)))
+
+
+def test_small_cache_and_shared_prefixes(demo: tuple[Any, Any]) -> None:
+    """Sequences wait, give way and are computed again; common beginnings are computed once, tails copied."""
+    common = random_prompts(1, 60, seed=5, low=70, high=70)[0]
+    prompts = [np.concatenate([common, tail]) for tail in random_prompts(4, 60, seed=6, low=1, high=9)]
+    options: dict[str, Any] = dict(num_return_sequences=3, do_sample=True, seed=3, max_new_tokens=40)
+    cuda = rast.load_demo(device="cuda", dtype="float32", kv_cache_tokens=480, max_batch_rows=48)
+    assert_same(details(cuda, prompts, **options), details(demo[1], prompts, **options))
+    info = cuda.cache_info()
+    assert info["preempted"] > 0 and info["reused"] > 0
+
+
+def test_padded_vocabulary_and_missing_rows(zoo: ModelZoo) -> None:
+    """Ids without a row in an active model are never drawn."""
+    folders = [zoo.folder("qwen2", seed=seed, vocab_size=size) for seed, size in ((0, 327), (1, 311), (2, 311))]
+    cuda, cpu = both(*folders)
+    prompts = random_prompts(3, 311, low=3, high=30)
+    got, want = (details(model, prompts, do_sample=False, max_new_tokens=6) for model in (cuda, cpu))
+    assert_same(got, want)
+    assert np.isneginf(np.stack(got.logits)[..., 311:]).all()
