@@ -69,6 +69,10 @@ size_t rast_kernel_transfer_scratch(const rast_logits *l, int32_t n_out);
 void rast_kernel_transfer(cudaStream_t, const rast_logits *l, const rast_transfer_term *terms, int32_t first_out,
                           int32_t n_out, rast_dev scratch);
 
+/* saved.cu: row i of logits [n_out, stride] = row row[i] of saved [rows, n_vocab], where row[i] >= 0; float32, int32. */
+void rast_kernel_saved(cudaStream_t, rast_dev saved, rast_dev row, int32_t n_out, int32_t n_vocab, rast_dev logits,
+                       size_t stride);
+
 #ifdef __cplusplus
 }
 #endif

@@ -108,15 +108,18 @@ void cuda_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, siz
 /* Floats from a row of logits to the next: rows begin at 16 bytes. */
 static size_t logits_stride(const rast_logits *l) { return ((size_t)l->n_vocab + 3) / 4 * 4; }
 
-static size_t n_products(const rast_logits *l) {
+/* Whether the term's logits are put together here, by a product or from rows that were saved for some of the outputs. */
+static int is_gathered(const rast_term *t) { return t->saved_row != 0 || (t->hidden && !t->saved); }
+
+static size_t n_gathered(const rast_logits *l) {
     size_t n = 0;
-    for (int32_t m = 0; m < l->n_terms; m++) n += l->terms[m].hidden != 0 && !l->terms[m].saved;
+    for (int32_t m = 0; m < l->n_terms; m++) n += (size_t)is_gathered(&l->terms[m]);
     return n;
 }
 
 /* Outputs of one call of the transfer step. */
 static int32_t piece_of(const rast_logits *l) {
-    const size_t row = n_products(l) * logits_stride(l) * sizeof(float);
+    const size_t row = n_gathered(l) * logits_stride(l) * sizeof(float);
     const size_t most = row ? LOGITS_BYTES / row : SIZE_MAX;
     if (!most) return 1;
     return most < (size_t)l->n_out ? (int32_t)most : l->n_out;
@@ -132,8 +135,8 @@ cuda_needs cuda_op_needs(const cuda_op *op) {
     } else if (op->kind == CUDA_COMBINE) {
         const rast_logits *l = &op->u.combine;
         const int32_t piece = piece_of(l);
-        needs.products = n_products(l) > 0;
-        needs.logits = n_products(l) * (size_t)piece * logits_stride(l) * sizeof(float);
+        needs.products = n_gathered(l) > 0;
+        needs.logits = n_gathered(l) * (size_t)piece * logits_stride(l) * sizeof(float);
         needs.transfer = rast_kernel_transfer_scratch(l, piece);
     }
     return needs;
@@ -223,14 +226,17 @@ static int enqueue_combine(rast_queue *q, const rast_logits *l, rast_error *err)
                                             .n_rows = t->n_rows < l->n_vocab ? t->n_rows : l->n_vocab,
                                             .uncommon = uncommon,
                                             .n_uncommon = t->n_uncommon};
-            if (t->saved) {
+            if (t->saved && !t->saved_row) {
                 terms[m].logits = t->saved + (size_t)first * (size_t)l->n_vocab * sizeof(float);
                 terms[m].stride = (size_t)l->n_vocab;
-            } else if (t->hidden) {
+            } else if (is_gathered(t)) {
                 const product p = {terms[m].n_rows, t->head->in, n, t->hidden_type, (int32_t)stride};
                 const size_t row = (size_t)t->head->in * cuda_type_bytes(t->hidden_type);
-                status = multiply(q, &p, t->head->data, t->hidden + (size_t)first * row, logits, err);
+                if (t->hidden) status = multiply(q, &p, t->head->data, t->hidden + (size_t)first * row, logits, err);
                 if (status) return status;
+                if (t->saved)
+                    rast_kernel_saved(q->stream, t->saved, t->saved_row + (size_t)first * sizeof(int32_t), n,
+                                      l->n_vocab, logits, stride);
                 terms[m].logits = logits;
                 logits += (size_t)piece * stride * sizeof(float);
             }
