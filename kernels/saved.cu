@@ -8,11 +8,11 @@ namespace {
 constexpr int THREADS = 256;
 
 /* Grid: outputs, parts of a row. saved [rows, n_vocab], row [n_out], logits [n_out, stride] */
-__global__ void saved_kernel(const float *saved, const int32_t *row, int32_t n_vocab, float *logits, size_t stride) {
-    const int32_t from = row[blockIdx.x];
+__global__ void saved_kernel(rast_dev saved, rast_dev row, int32_t n_vocab, rast_dev logits, size_t stride) {
+    const int32_t from = ints(row)[blockIdx.x];
     const size_t i = static_cast<size_t>(blockIdx.y) * THREADS + threadIdx.x, n = static_cast<size_t>(n_vocab);
     if (from < 0 || i >= n) return;
-    logits[blockIdx.x * stride + i] = saved[static_cast<size_t>(from) * n + i];
+    address<float>(logits)[blockIdx.x * stride + i] = address<const float>(saved)[static_cast<size_t>(from) * n + i];
 }
 
 } // namespace
@@ -20,6 +20,5 @@ __global__ void saved_kernel(const float *saved, const int32_t *row, int32_t n_v
 void rast_kernel_saved(cudaStream_t stream, rast_dev saved, rast_dev row, int32_t n_out, int32_t n_vocab,
                        rast_dev logits, size_t stride) {
     const dim3 grid(static_cast<unsigned>(n_out), ceil_div(static_cast<size_t>(n_vocab), THREADS));
-    RAST_LAUNCH(saved_kernel, grid, THREADS, 0, stream, address<const float>(saved), address<const int32_t>(row),
-                n_vocab, address<float>(logits), stride);
+    RAST_LAUNCH(saved_kernel, grid, THREADS, 0, stream, saved, row, n_vocab, logits, stride);
 }
