@@ -81,6 +81,7 @@ struct Launch {
     dim3 grid, block;
     size_t shared;
     void *arguments;
+    size_t arguments_bytes;
     void (*run)(void *arguments);  /* calls the kernel for one thread */
     void (*free)(void *arguments); /* the runtime owns them */
     char *shared_start, *shared_stop;
@@ -115,6 +116,7 @@ void launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_
     l.block = block;
     l.shared = shared;
     l.arguments = new Call{kernel, {arguments...}};
+    l.arguments_bytes = sizeof(Call);
     l.run = [](void *call) { static_cast<Call *>(call)->run(std::index_sequence_for<P...>()); };
     l.free = [](void *call) { delete static_cast<Call *>(call); };
     l.shared_start = __start_cuda_shared;
