@@ -130,7 +130,7 @@ Fiber *new_fiber() {
     Fiber *f = new (p + PAGE + STACK) Fiber();
     f->bottom = p + PAGE;
     f->size = STACK;
-    f->tsan = __tsan_create_fiber(0);
+    f->tsan = tsan_create_fiber();
     return f;
 }
 
@@ -138,7 +138,7 @@ void delete_fiber(Fiber *f) {
     const size_t head = (sizeof(Fiber) + PAGE - 1) / PAGE * PAGE;
     char *p = f->bottom - PAGE;
     __asan_unpoison_memory_region(f->bottom, f->size);
-    __tsan_destroy_fiber(f->tsan);
+    tsan_destroy_fiber(f->tsan);
     munmap(p, PAGE + STACK + head); /* intercepted: accesses to the stack are forgotten */
 }
 
@@ -147,7 +147,7 @@ void switch_to(Fiber *to) {
     if (to == from) return;
     running = to;
     self = to;
-    __tsan_switch_to_fiber(to->tsan, 1);
+    tsan_switch_to_fiber(to->tsan);
     __sanitizer_start_switch_fiber(&from->fake, to->bottom, to->size);
     cuda_emulation_switch(&from->sp, to->sp);
     __sanitizer_finish_switch_fiber(from->fake, nullptr, nullptr);
@@ -174,7 +174,7 @@ void acquire(Fiber *f) {
     Ordering *o = f->ordering;
     f->ordering = nullptr;
     if (!o) return;
-    __tsan_acquire(o);
+    tsan_acquire(o);
     if (--o->members) return;
     o->next = free_orderings;
     free_orderings = o;
@@ -206,7 +206,7 @@ void release(Fiber *f, Ordering *o) {
     f->ordering = o;
     if (!o) return;
     o->members++;
-    __tsan_release(o);
+    tsan_release(o);
 }
 
 std::string named(unsigned mask) {
@@ -243,7 +243,7 @@ std::string culprit(const Fiber *f) {
 [[noreturn]] void fail_thread(cudaError_t error, const std::string &what) {
     block.error = error;
     Fiber *culpable = running;
-    __tsan_switch_to_fiber(scheduler.tsan, 1);
+    tsan_switch_to_fiber(scheduler.tsan);
     report(error, culprit(culpable) + what);
     switch_to(&scheduler);
     abort();
@@ -296,11 +296,11 @@ void leave_warp(Fiber *f) {
 [[noreturn]] void thread_main() {
     __sanitizer_finish_switch_fiber(nullptr, scheduler.bottom ? nullptr : (const void **)&scheduler.bottom,
                                     scheduler.bottom ? nullptr : &scheduler.size);
-    __tsan_func_entry(const_cast<void *>(block.site));
-    __tsan_acquire(&block.start);
-    block.launch->run(block.launch->arguments.get());
-    __tsan_release(&block.end);
-    __tsan_func_exit();
+    tsan_func_entry(const_cast<void *>(block.site));
+    tsan_acquire(&block.start);
+    block.launch->run(block.launch->arguments);
+    tsan_release(&block.end);
+    tsan_func_exit();
     Fiber *f = running;
     f->spoiled = false;
     block.ended++;
@@ -399,10 +399,10 @@ uint64_t gcd(uint64_t a, uint64_t b) { return b ? gcd(b, a % b) : a; }
 
 } // namespace
 
-Context::Context() : tsan(__tsan_create_fiber(0)) {}
+Context::Context() : tsan(tsan_create_fiber()) {}
 Context::~Context() {
     for (Fiber *f : fibers) delete_fiber(f);
-    __tsan_destroy_fiber(tsan);
+    tsan_destroy_fiber(tsan);
 }
 
 cudaError_t run_grid(const Launch &l, Context &own, const void *site, void *host) {
@@ -429,8 +429,8 @@ cudaError_t run_grid(const Launch &l, Context &own, const void *site, void *host
     scheduler.bottom = nullptr;
     scheduler.tsan = host;
     forget_accesses(&block.start, 2); /* start and end are this launch's alone */
-    __tsan_release(&block.start);
-    __tsan_switch_to_fiber(host, 1); /* the scheduler's own work has no part in the stream's order */
+    tsan_release(&block.start);
+    tsan_switch_to_fiber(host); /* the scheduler's own work has no part in the stream's order */
     count_launch(l);
     const uint64_t n = (uint64_t)l.grid.x * l.grid.y * l.grid.z;
     uint64_t step = 1, first = 0;
@@ -444,8 +444,8 @@ cudaError_t run_grid(const Launch &l, Context &own, const void *site, void *host
                        (unsigned)(at / l.grid.x / l.grid.y)};
         run_block(context);
     }
-    __tsan_switch_to_fiber(own.tsan, 1);
-    __tsan_acquire(&block.end);
+    tsan_switch_to_fiber(own.tsan);
+    tsan_acquire(&block.end);
     count_launch_end();
     block.launch = nullptr;
     running = nullptr;
@@ -552,14 +552,14 @@ void fence() {
 #ifdef EMULATION_THREAD
     Fiber *f = running;
     f->fenced = true;
-    for (unsigned i = 0; i < 4 && i < f->n_atomics; i++) __tsan_acquire(const_cast<void *>(f->atomics[i]));
+    for (unsigned i = 0; i < 4 && i < f->n_atomics; i++) tsan_acquire(const_cast<void *>(f->atomics[i]));
     f->n_atomics = 0;
 #endif
 }
 
 void before_atomic(const void *p) {
 #ifdef EMULATION_THREAD
-    if (running && running->fenced) __tsan_release(const_cast<void *>(p));
+    if (running && running->fenced) tsan_release(const_cast<void *>(p));
 #else
     (void)p;
 #endif
@@ -584,11 +584,13 @@ bool where(Where &w) {
     w.thread = running->thread;
     w.linear = running->linear;
     w.stack = running->bottom;
-    w.stack_end = running->bottom + running->size;
+    w.stack_end = reinterpret_cast<const char *>(running + 1); /* the thread's record lies behind its stack */
     w.dynamic = block.dynamic;
     w.dynamic_end = block.dynamic + block.launch->shared;
     w.shared = block.launch->shared_start;
     w.shared_end = block.launch->shared_stop;
+    w.arguments = static_cast<const char *>(block.launch->arguments);
+    w.arguments_end = w.arguments + block.launch->arguments_bytes;
     return true;
 }
 

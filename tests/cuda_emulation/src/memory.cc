@@ -101,9 +101,9 @@ bool touch(const void *p, size_t bytes, bool write, const char *who) {
         return false;
     }
     if (write)
-        __tsan_write_range(const_cast<void *>(p), bytes);
+        tsan_write_range(const_cast<void *>(p), bytes);
     else
-        __tsan_read_range(const_cast<void *>(p), bytes);
+        tsan_read_range(const_cast<void *>(p), bytes);
     return true;
 }
 

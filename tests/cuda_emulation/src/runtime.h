@@ -90,9 +90,10 @@ struct Where { /* of the running thread; null names: host code runs */
     const char *kernel;
     uint3 block, thread;
     unsigned linear;                        /* index in the block */
-    const char *stack, *stack_end;          /* the fiber's */
+    const char *stack, *stack_end;          /* the fiber's, and its record behind it */
     const char *dynamic, *dynamic_end;      /* shared memory */
     const char *shared, *shared_end;
+    const char *arguments, *arguments_end;
 };
 bool where(Where &);
 

@@ -10,7 +10,7 @@ extern "C" {
 void *__tsan_get_current_fiber(void);
 void *__tsan_create_fiber(unsigned flags);
 void __tsan_destroy_fiber(void *);
-void __tsan_switch_to_fiber(void *, unsigned flags); /* 1: orders nothing */
+void __tsan_switch_to_fiber(void *, unsigned flags);
 void __tsan_acquire(void *);
 void __tsan_release(void *);
 void __tsan_func_entry(void *);
@@ -21,19 +21,33 @@ void __tsan_java_init(size_t, size_t);
 void __tsan_java_alloc(size_t, size_t);
 void __tsan_java_free(size_t, size_t);
 }
-#else
-static inline void *__tsan_get_current_fiber(void) { return nullptr; }
-static inline void *__tsan_create_fiber(unsigned) { return nullptr; }
-static inline void __tsan_destroy_fiber(void *) {}
-static inline void __tsan_switch_to_fiber(void *, unsigned) {}
-static inline void __tsan_acquire(void *) {}
-static inline void __tsan_release(void *) {}
-static inline void emulation_no_op(void) {}
-#define __tsan_func_entry(p) ((void)(p))
-#define __tsan_func_exit() emulation_no_op()
-#define __tsan_read_range(p, n) ((void)(p), (void)(n))
-#define __tsan_write_range(p, n) ((void)(p), (void)(n))
 #endif
+
+namespace cuda_emulation {
+#ifdef EMULATION_THREAD
+inline void *tsan_get_current_fiber() { return __tsan_get_current_fiber(); }
+inline void *tsan_create_fiber() { return __tsan_create_fiber(0); }
+inline void tsan_destroy_fiber(void *fiber) { __tsan_destroy_fiber(fiber); }
+inline void tsan_switch_to_fiber(void *fiber) { __tsan_switch_to_fiber(fiber, 1); } /* 1: orders nothing */
+inline void tsan_acquire(void *p) { __tsan_acquire(p); }
+inline void tsan_release(void *p) { __tsan_release(p); }
+inline void tsan_func_entry(void *pc) { __tsan_func_entry(pc); }
+inline void tsan_func_exit() { __tsan_func_exit(); }
+inline void tsan_read_range(void *p, size_t bytes) { __tsan_read_range(p, bytes); }
+inline void tsan_write_range(void *p, size_t bytes) { __tsan_write_range(p, bytes); }
+#else
+inline void *tsan_get_current_fiber() { return nullptr; }
+inline void *tsan_create_fiber() { return nullptr; }
+inline void tsan_destroy_fiber(void *) {}
+inline void tsan_switch_to_fiber(void *) {}
+inline void tsan_acquire(void *) {}
+inline void tsan_release(void *) {}
+inline void tsan_func_entry(void *) {}
+inline void tsan_func_exit() {}
+inline void tsan_read_range(void *, size_t) {}
+inline void tsan_write_range(void *, size_t) {}
+#endif
+} // namespace cuda_emulation
 
 #ifdef EMULATION_ADDRESS
 extern "C" {
@@ -55,7 +69,7 @@ namespace cuda_emulation {
 inline void forget_accesses(void *p, size_t bytes) {
 #ifdef EMULATION_THREAD
     static bool ready;
-    if (!ready) __tsan_java_init(4096, (size_t)1 << 47);
+    if (!ready) __tsan_java_init(8, 8); /* an empty heap: reports search it, new objects may lie anywhere */
     ready = true;
     size_t from = (size_t)p & ~(size_t)7, to = ((size_t)p + bytes + 7) & ~(size_t)7;
     __tsan_java_alloc(from, to - from);

@@ -126,21 +126,21 @@ bool ready(const Op &op) {
 }
 
 void run(Op &op, Context &context) {
-    void *host = __tsan_get_current_fiber();
+    void *host = tsan_get_current_fiber();
     cudaError_t error = lasting();
     if (op.work && !error) error = work_fault();
-    __tsan_switch_to_fiber(context.tsan, 1);
-    __tsan_acquire(&op.issued);
-    for (const OpPtr &a : op.after) __tsan_acquire(&a->finished);
-    __tsan_func_entry(const_cast<void *>(op.site));
+    tsan_switch_to_fiber(context.tsan);
+    tsan_acquire(&op.issued);
+    for (const OpPtr &a : op.after) tsan_acquire(&a->finished);
+    tsan_func_entry(const_cast<void *>(op.site));
     if (op.work && !error) error = op.work(context, op.site, host);
-    __tsan_func_exit();
-    __tsan_release(&op.finished);
-    __tsan_switch_to_fiber(host, 1);
+    tsan_func_exit();
+    op.work = nullptr; /* here, where what it holds was read */
+    tsan_release(&op.finished);
+    tsan_switch_to_fiber(host);
     if (error) set_lasting(error);
     op.done = true;
     op.after.clear();
-    op.work = nullptr;
 }
 
 /* Runs one piece of work that may run; false: nothing is queued. */
@@ -168,7 +168,7 @@ bool step() {
 
 void wait(const OpPtr &op) {
     while (op && !op->done && step()) {}
-    if (op) __tsan_acquire(&op->finished);
+    if (op) tsan_acquire(&op->finished);
 }
 
 OpPtr enqueue_op(cudaStream_t s, Work work, const void *site) {
@@ -184,7 +184,7 @@ OpPtr enqueue_op(cudaStream_t s, Work work, const void *site) {
         auto it = queues().legacy.find(s->device);
         if (it != queues().legacy.end() && it->second->last) op->after.push_back(it->second->last);
     }
-    __tsan_release(&op->issued);
+    tsan_release(&op->issued);
     s->queue.push_back(op);
     s->last = op;
     return op;
@@ -265,7 +265,7 @@ cudaError_t submit(cudaStream_t handle, Work work, const void *site) {
 void drain_all() {
     while (step()) {}
     for (cudaStream_t s : queues().streams)
-        if (s->last) __tsan_acquire(&s->last->finished);
+        if (s->last) tsan_acquire(&s->last->finished);
 }
 
 cudaError_t drain(cudaStream_t handle) {
@@ -297,7 +297,7 @@ void drop_all_work() {
     }
 }
 
-void enqueue(Launch &&launch, cudaStream_t stream) {
+void enqueue(const Launch &launch, cudaStream_t stream) {
     const void *site = __builtin_return_address(0);
     Call call;
     cudaError_t e = call.error;
@@ -311,11 +311,16 @@ void enqueue(Launch &&launch, cudaStream_t stream) {
         const size_t limit = it == queues().shared_limits.end() ? 48 * 1024 : (size_t)it->second;
         if (launch.shared > limit) e = cudaErrorInvalidValue;
     }
+    struct Held : Launch {
+        explicit Held(const Launch &l) : Launch(l) {}
+        Held(const Held &) = delete;
+        ~Held() { free(arguments); }
+    };
+    auto held = std::make_shared<Held>(launch);
     if (e) {
         call.end(e);
         return;
     }
-    auto held = std::make_shared<Launch>(std::move(launch));
     call.end(submit(
         stream,
         [held](Context &context, const void *at, void *host) {
@@ -360,8 +365,8 @@ static Work copy_work(void *to, const void *from, size_t bytes) {
             report(cudaErrorIllegalAddress, "a copy touches " + fault);
             return cudaErrorIllegalAddress;
         }
-        __tsan_read_range(const_cast<void *>(from), bytes);
-        __tsan_write_range(to, bytes);
+        tsan_read_range(const_cast<void *>(from), bytes);
+        tsan_write_range(to, bytes);
         memmove(to, from, bytes);
         return cudaSuccess;
     };
@@ -728,7 +733,7 @@ static cudaError_t replay(cudaGraphExec_t exec, Context &stream, void *host) {
     std::vector<std::unique_ptr<uint64_t>> finished; /* addresses for ThreadSanitizer */
     for (size_t i = 0; i <= nodes.size(); i++) finished.emplace_back(new uint64_t(0));
     std::vector<char> done(nodes.size());
-    __tsan_release(finished.back().get());
+    tsan_release(finished.back().get());
     for (size_t left = nodes.size(); left; left--) {
         std::vector<size_t> able;
         for (size_t i = 0; i < nodes.size(); i++) {
@@ -739,18 +744,18 @@ static cudaError_t replay(cudaGraphExec_t exec, Context &stream, void *host) {
         }
         const size_t i = able[random_below((uint32_t)able.size())];
         Context &branch = *exec->branches[(size_t)nodes[i].branch];
-        __tsan_switch_to_fiber(branch.tsan, 1);
-        __tsan_acquire(finished.back().get());
-        for (int before : nodes[i].after) __tsan_acquire(finished[(size_t)before].get());
-        __tsan_func_entry(const_cast<void *>(nodes[i].site));
+        tsan_switch_to_fiber(branch.tsan);
+        tsan_acquire(finished.back().get());
+        for (int before : nodes[i].after) tsan_acquire(finished[(size_t)before].get());
+        tsan_func_entry(const_cast<void *>(nodes[i].site));
         const cudaError_t e = nodes[i].work(branch, nodes[i].site, host);
-        __tsan_func_exit();
-        __tsan_release(finished[i].get());
-        __tsan_switch_to_fiber(stream.tsan, 1);
+        tsan_func_exit();
+        tsan_release(finished[i].get());
+        tsan_switch_to_fiber(stream.tsan);
         if (e) return e;
         done[i] = 1;
     }
-    for (auto &f : finished) __tsan_acquire(f.get());
+    for (auto &f : finished) tsan_acquire(f.get());
     return cudaSuccess;
 }
 
