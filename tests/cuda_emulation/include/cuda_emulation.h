@@ -1,9 +1,8 @@
 /* cuda_emulation.h: what device code may use, on the host. Each CUDA thread is a fiber; threads of a block switch only at
  * barriers, warp operations and their end, and one block runs at a time (src/block.cc).
  *
- * __shared__ arrays are static variables in a section of their own, which the emulation refills for every block. Kernels that
- * have any should be static or in an unnamed namespace: AddressSanitizer puts no red zones around variables of functions
- * that the linker may merge.
+ * __shared__ arrays are static variables, which the Makefile gathers in a section and the emulation refills for every block.
+ * Kernels that have any are in unnamed namespaces (the Makefile checks).
  */
 #ifndef CUDA_EMULATION_H
 #define CUDA_EMULATION_H
@@ -12,15 +11,15 @@
 #include "cuda_runtime_api.h"
 
 #include <math.h>
-#include <memory>
 #include <string.h>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static __attribute__((section("cuda_shared")))
+#define __shared__ static
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
@@ -81,13 +80,14 @@ struct Launch {
     const void *kernel; /* its address: the key of cudaFuncSetAttribute */
     dim3 grid, block;
     size_t shared;
-    std::shared_ptr<void> arguments;
-    void (*run)(void *arguments); /* calls the kernel for one thread */
+    void *arguments;
+    void (*run)(void *arguments);  /* calls the kernel for one thread */
+    void (*free)(void *arguments); /* the runtime owns them */
     char *shared_start, *shared_stop;
     const void *pointers[32]; /* arguments that are pointers */
     int n_pointers;
 };
-void enqueue(Launch &&, cudaStream_t);
+void enqueue(const Launch &, cudaStream_t);
 
 template <class T> static void note_pointer(Launch &l, const T &argument) {
     if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>)
@@ -98,23 +98,29 @@ template <class T> struct Same {
     using type = T;
 };
 
+template <class... P> struct Held { /* a kernel with its arguments */
+    void (*kernel)(P...);
+    std::tuple<std::decay_t<P>...> arguments;
+    template <size_t... i> void run(std::index_sequence<i...>) { kernel(std::get<i>(arguments)...); }
+};
+
 template <class... P>
 void launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             typename Same<P>::type... arguments) {
-    struct Call {
-        void (*kernel)(P...);
-        std::tuple<std::decay_t<P>...> arguments;
-    };
-    Launch l{name,    reinterpret_cast<const void *>(kernel),
-             grid,    block,
-             shared,  std::make_shared<Call>(Call{kernel, {arguments...}}),
-             nullptr, __start_cuda_shared,
-             __stop_cuda_shared, {}, 0};
+    using Call = Held<P...>;
+    Launch l{};
+    l.name = name;
+    l.kernel = reinterpret_cast<const void *>(kernel);
+    l.grid = grid;
+    l.block = block;
+    l.shared = shared;
+    l.arguments = new Call{kernel, {arguments...}};
+    l.run = [](void *call) { static_cast<Call *>(call)->run(std::index_sequence_for<P...>()); };
+    l.free = [](void *call) { delete static_cast<Call *>(call); };
+    l.shared_start = __start_cuda_shared;
+    l.shared_stop = __stop_cuda_shared;
     (note_pointer(l, arguments), ...);
-    l.run = [](void *call) {
-        std::apply(static_cast<Call *>(call)->kernel, static_cast<Call *>(call)->arguments);
-    };
-    enqueue(static_cast<Launch &&>(l), stream);
+    enqueue(l, stream);
 }
 
 void *dynamic_shared();

@@ -298,7 +298,7 @@ void leave_warp(Fiber *f) {
                                     scheduler.bottom ? nullptr : &scheduler.size);
     __tsan_func_entry(const_cast<void *>(block.site));
     __tsan_acquire(&block.start);
-    block.launch->run(block.launch->arguments.get());
+    block.launch->run(block.launch->arguments);
     __tsan_release(&block.end);
     __tsan_func_exit();
     Fiber *f = running;

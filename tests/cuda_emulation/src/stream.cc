@@ -135,12 +135,12 @@ void run(Op &op, Context &context) {
     __tsan_func_entry(const_cast<void *>(op.site));
     if (op.work && !error) error = op.work(context, op.site, host);
     __tsan_func_exit();
+    op.work = nullptr; /* here, where what it holds was read */
     __tsan_release(&op.finished);
     __tsan_switch_to_fiber(host, 1);
     if (error) set_lasting(error);
     op.done = true;
     op.after.clear();
-    op.work = nullptr;
 }
 
 /* Runs one piece of work that may run; false: nothing is queued. */
@@ -297,7 +297,7 @@ void drop_all_work() {
     }
 }
 
-void enqueue(Launch &&launch, cudaStream_t stream) {
+void enqueue(const Launch &launch, cudaStream_t stream) {
     const void *site = __builtin_return_address(0);
     Call call;
     cudaError_t e = call.error;
@@ -311,11 +311,16 @@ void enqueue(Launch &&launch, cudaStream_t stream) {
         const size_t limit = it == queues().shared_limits.end() ? 48 * 1024 : (size_t)it->second;
         if (launch.shared > limit) e = cudaErrorInvalidValue;
     }
+    struct Held : Launch {
+        explicit Held(const Launch &l) : Launch(l) {}
+        Held(const Held &) = delete;
+        ~Held() { free(arguments); }
+    };
+    auto held = std::make_shared<Held>(launch);
     if (e) {
         call.end(e);
         return;
     }
-    auto held = std::make_shared<Launch>(std::move(launch));
     call.end(submit(
         stream,
         [held](Context &context, const void *at, void *host) {
