@@ -248,12 +248,13 @@ static void op_release(rast_ctx *ctx, rast_dev data) {
 }
 
 static size_t op_free_memory(rast_ctx *ctx) {
+    const size_t reserve = (size_t)256 << 20; /* of cuBLAS and the buffers that submit makes */
     size_t free_bytes = 0, total = 0;
     const int before = current_device(ctx);
     if (cuda_enter(ctx, NULL) || cuda_check(ctx, cudaMemGetInfo(&free_bytes, &total), "asking for free memory", NULL))
         free_bytes = 0;
     restore_device(ctx, before);
-    return free_bytes;
+    return free_bytes - (free_bytes / 2 < reserve ? free_bytes / 2 : reserve);
 }
 
 static int op_bind(rast_ctx *ctx, const rast_tensor *t, int32_t act_type, rast_weight *out, rast_error *err) {
