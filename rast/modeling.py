@@ -128,7 +128,7 @@ class RastForCausalLM:
             "max_rows": max_batch_rows or 0,
             "max_seqs": max_batch_size or 0,
         }
-        self._engine: _core.Engine | None = None
+        self._engine = self._new_engine()
         self._turns = Turns()
         self._sessions = itertools.count(1)  # numbers of iterators, by which the engine knows whose requests are whose
         self._abandoned: list[int] = []  # sessions whose iterator died
@@ -189,7 +189,7 @@ class RastForCausalLM:
             kv_cache_tokens: tokens, over all sequences, whose keys and values fit into memory at once, rounded up to
                 blocks of 32. What has ended stays while there is room, for prompts that begin alike; when there is no
                 room, sequences wait, or are computed again. None: what max_memory leaves, else half of the memory
-                that is free at the first use.
+                that is free now.
             max_memory: bytes, or a string such as "2GiB" or "500MB": limits the keys and values of all models together
                 with the weights that had to be copied or converted (mapped files can be dropped and do not count).
                 The buffers of one step come on top. Memory is used as it is needed, up to the limit.
@@ -667,8 +667,6 @@ class RastForCausalLM:
         if not self._turns.acquire(wait):
             return None
         try:
-            if self._engine is None:
-                self._engine = self._new_engine()
             while self._abandoned and self._turns.depth == 1:
                 self._engine.abandon(self._abandoned.pop())
         except BaseException:
