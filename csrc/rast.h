@@ -153,7 +153,7 @@ RAST_API uint64_t rast_memory_read(const void *data, size_t bytes);
 /* ---- the engine -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    size_t kv_bytes;  /* KV cache of all nets together; 0 = half of the memory that is free now */
+    size_t kv_bytes;  /* KV cache of all nets together, no more than is free now; 0 = half of that */
     int32_t max_rows; /* rows (tokens) of one net in one step; 0 = 512 */
     int32_t max_seqs; /* samples that run at once; 0 = 64 */
 } rast_budget;

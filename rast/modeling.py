@@ -138,11 +138,8 @@ class RastForCausalLM:
             "max_rows": max_batch_rows or 0,
             "max_seqs": max_batch_size or 0,
         }
-        self._engine: _core.Engine | None = None
-        self._making_engine = threading.RLock()
+        self._engine = self._new_engine()
         self._process = os.getpid()
-        if any(self._budget.values()):
-            self._shared_engine()  # a wrong budget is an error now
         self._can_stop_at_strings = agreed.pieces is not None
         self.tokenizer = nets[0].loaded.tokenizer
         self.generation_config = {
@@ -202,7 +199,7 @@ class RastForCausalLM:
             kv_cache_tokens: tokens, over all sequences, whose keys and values fit into memory at once, rounded up to
                 blocks of 32. What has ended stays while there is room, for prompts that begin alike; when there is no
                 room, sequences wait, or are computed again. None: what max_memory leaves, else half of the memory
-                that is free at the first use (CUDA: 90 % of the device's).
+                that is free now (CUDA: 90 % of the device's).
             max_memory: bytes, or a string such as "2GiB" or "500mb": limits the keys and values of all models together
                 with the weights that had to be copied or converted (mapped files can be dropped and do not count; on
                 CUDA all weights are copies).
@@ -696,10 +693,7 @@ class RastForCausalLM:
     def _shared_engine(self) -> _core.Engine:
         """The engine of all calls. They wait for each other inside it."""
         self._check_process()
-        with self._making_engine:
-            if self._engine is None:
-                self._engine = self._new_engine()
-            return self._engine
+        return self._engine
 
     def _new_engine(self) -> _core.Engine:
         return _core.Engine(self._core_model, **self._budget)

@@ -324,7 +324,7 @@ def roomy(trio: tuple[Path, ...]) -> rast.RastForCausalLM:
 def assert_idle(model: rast.RastForCausalLM) -> None:
     info = model.cache_info()
     assert info["n_free"] == info["n_blocks"]
-    assert not model._engine.busy  # type: ignore[union-attr]
+    assert not model._engine.busy
 
 
 def test_the_same_as_generate(model: rast.RastForCausalLM, roomy: rast.RastForCausalLM) -> None:

@@ -139,6 +139,30 @@ def test_ids_of_one_net_only_are_never_drawn_before_the_pair_joins(model: _core.
         assert result["tokens"].max() < SMALL_VOCAB
 
 
+@pytest.mark.parametrize("n_samples", [1, 8])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [0, 1, 0], [0, 0.5, 1]])
+def test_a_prompt_with_and_without_transfer_is_computed_once(
+    model: _core.Model, n_samples: int, order: list[float]
+) -> None:
+    """Its last block too, by each net: the one who needs it first computes it for all."""
+    engine = _core.Engine(model)
+    batch = [
+        make_request(
+            ids=np.array(HEADERS[0][:70], np.int32),
+            coef=np.array([1, strength, -strength], np.float32),
+            max_new=1,
+            n_samples=n_samples,
+            tag=tag,
+        )
+        for tag, strength in enumerate(order)
+    ]
+    results = engine.run(batch)
+    draws = sum(n_samples * (3 if strength else 1) for strength in order)
+    assert engine.info()["rows"] == 3 * 69 + draws
+    for request, got in zip(np.repeat(np.array(batch), n_samples), results, strict=True):
+        assert_same(got, _core.Engine(model).run([request | {"n_samples": 1}])[0])
+
+
 def test_a_prompt_is_evaluated_once(model: _core.Model) -> None:
     with pytest.raises(ValueError, match="n_samples"):
         _core.Engine(model).run([make_request(max_new=0, n_samples=2, want=_core.WANT_PROMPT)])

@@ -85,11 +85,11 @@ static size_t margin(const rast_engine *e, const rast_sample *s) {
 
 static int32_t parent_of(const rast_sample *s, size_t block) { return block ? s->blocks[block - 1] : -1; }
 
-/* The sample's tail does not have all tokens of all the sample's nets. */
-static int tail_lacks(const rast_engine *e, const rast_sample *s) {
+/* The sample's tail does not have all tokens of all the sample's nets, but for those in `except`. */
+static int tail_lacks(const rast_engine *e, const rast_sample *s, uint64_t except) {
     const size_t want = (s->n_at_first - 1) % RAST_BLOCK_TOKENS;
     for (int32_t m = 0; m < e->model->n_nets; m++)
-        if (s->job->active >> m & 1 && rast_blocks_filled(&e->blocks, s->tail, m) < want) return 1;
+        if ((s->job->active & ~except) >> m & 1 && rast_blocks_filled(&e->blocks, s->tail, m) < want) return 1;
     return 0;
 }
 
@@ -98,6 +98,7 @@ static void enter_tail(rast_engine *e, const rast_sample *s) {
     const size_t last = (s->n_at_first - 1) / RAST_BLOCK_TOKENS, first = last * RAST_BLOCK_TOKENS;
     rast_blocks_enter(&e->blocks, s->blocks[last], parent_of(s, last), s->ids + first, s->n_at_first - first,
                       RAST_BLOCK_TAIL);
+    e->blocks.block[s->blocks[last]].nets = s->job->active;
 }
 
 /* Makes the sample's own blocks findable before they are filled. What another sample has entered stays its own, but for a
@@ -111,7 +112,7 @@ static void promise_blocks(rast_engine *e, rast_sample *s, int tail_is_idle) {
     }
     const int32_t *ids = s->ids + last * RAST_BLOCK_TOKENS;
     if (rast_blocks_find(&e->blocks, parent_of(s, last), ids, s->n_ids - last * RAST_BLOCK_TOKENS) < 0 ||
-        (tail_is_idle && tail_lacks(e, s)))
+        (s->tail >= 0 && tail_lacks(e, s, tail_is_idle ? 0 : e->blocks.block[s->tail].nets)))
         enter_tail(e, s);
 }
 
@@ -204,7 +205,7 @@ static void link_blocks(rast_engine *e, rast_sample *s) {
 
 static void drop_tail(rast_engine *e, rast_sample *s) {
     const size_t own = (s->n_at_first - 1) / RAST_BLOCK_TOKENS;
-    if (tail_lacks(e, s) && !e->blocks.block[s->blocks[own]].length[RAST_BLOCK_TAIL]) enter_tail(e, s);
+    if (tail_lacks(e, s, 0) && !e->blocks.block[s->blocks[own]].length[RAST_BLOCK_TAIL]) enter_tail(e, s);
     rast_blocks_drop(&e->blocks, s->tail);
     s->tail = -1;
 }

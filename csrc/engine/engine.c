@@ -15,12 +15,14 @@ static size_t block_bytes(const rast_model *m) {
     return bytes;
 }
 
-/* Blocks that the budget pays for, but no more than max_seqs samples of the longest context could use. */
+/* Blocks that the budget pays for, but no more than max_seqs samples of the longest context could use. Memory is only reserved
+ * here, so what is not there would be missed in the middle of a run. */
 static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
     rast_model *m = e->model;
     const size_t one = block_bytes(m);
+    const size_t left = m->ops->free_memory(m->ctx);
     size_t context = 0, most;
-    if (!budget) budget = m->ops->free_memory(m->ctx) / 100 * (size_t)m->ops->cache_percent;
+    if (!budget) budget = left / 100 * (size_t)m->ops->cache_percent;
     for (int32_t i = 0; i < m->n_nets; i++)
         if ((size_t)m->nets[i].config.max_context > context) context = (size_t)m->nets[i].config.max_context;
     size_t n = budget / one;
@@ -30,6 +32,10 @@ static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
         return rast_fail(err, RAST_ERR_MEMORY,
                          "the KV cache budget of %zu bytes is too small: %d tokens of all models take %zu", budget,
                          RAST_BLOCK_TOKENS, one);
+    if (n > left / one)
+        return rast_fail(err, RAST_ERR_MEMORY,
+                         "a KV cache for %zu tokens takes %zu bytes, and %zu are free: there is room for %zu tokens",
+                         n * RAST_BLOCK_TOKENS, n * one, left, left / one * RAST_BLOCK_TOKENS);
     int status = rast_blocks_init(&e->blocks, n, (size_t)m->n_nets, err);
     for (int32_t i = 0; i < m->n_nets && status == RAST_OK; i++)
         status = m->ops->alloc(m->ctx, n * rast_kv_block_bytes(&m->nets[i]), RAST_MEM_LAZY, &e->kv[i], err);

@@ -20,6 +20,7 @@ typedef struct {
     int32_t parent;    /* the block before it, -1: it begins a sequence */
     uint32_t chain[2]; /* next entry of the same bucket, by kind */
     uint8_t length[2]; /* tokens under which it can be found, by kind; 0: it cannot */
+    uint64_t nets;     /* of a tail: the nets of the sample that entered it, and fills it */
     int32_t older, newer;
     int32_t ids[RAST_BLOCK_TOKENS];
 } rast_block;

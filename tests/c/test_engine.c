@@ -240,6 +240,35 @@ static void test_many_sets_of_nets(const weights w[N_NETS]) {
     rast_model_free(m);
 }
 
+static size_t little_memory(rast_ctx *ctx) {
+    (void)ctx;
+    return 100000;
+}
+
+/* A budget that the machine cannot pay for, or that pays for nothing, is refused with what would do. */
+static void test_budgets(rast_model *m) {
+    const size_t block = N_NETS * rast_kv_block_bytes(&m->nets[0]), most = 100000 / block;
+    const rast_ops *before = m->ops;
+    rast_ops ops = *before;
+    rast_engine *e;
+    rast_error err;
+    char room[64];
+    ops.free_memory = little_memory;
+    m->ops = &ops;
+    for (size_t n = most - 1; n <= most + 1; n++) {
+        const rast_budget budget = {.kv_bytes = n * block};
+        CHECK((rast_engine_new(m, &budget, &e, &err) == RAST_ERR_MEMORY) == (n > most), "%zu blocks", n);
+        if (n <= most) rast_engine_free(e);
+    }
+    snprintf(room, sizeof room, "room for %zu tokens", most * RAST_BLOCK_TOKENS);
+    CHECK(strstr(err.message, room), "%s", err.message);
+    const rast_budget nothing = {.kv_bytes = block - 1};
+    CHECK(rast_engine_new(m, &nothing, &e, &err) == RAST_ERR_MEMORY, "less than a block");
+    snprintf(room, sizeof room, "32 tokens of all models take %zu", block);
+    CHECK(strstr(err.message, room), "%s", err.message);
+    m->ops = before;
+}
+
 int main(void) {
     weights w[N_NETS];
     for (int i = 0; i < N_NETS; i++) make_weights(&w[i]);
@@ -271,6 +300,7 @@ int main(void) {
         run(m, 200, n, got);
         CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "other tokens after call %ld failed", n);
     }
+    test_budgets(m);
     test_many_sets_of_nets(w);
     free(roomy);
     free(got);
