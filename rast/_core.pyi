@@ -126,6 +126,9 @@ class Result(TypedDict):
     tokens: NDArray[np.int32]  # [n] new tokens
     finish: str  # "eos" | "length" | "stop" | "time" | "cancelled" | "error"
     error: Exception | None  # with finish "error"; not raised by the engine
+    steps: int  # in which it got tokens
+    drafted: int  # drafts that these checked
+    accepted: int  # and that stood: one token more each
     logprob: NDArray[np.float32] | None  # [n]
     base_token: NDArray[np.int32] | None  # [n]
     base_logprob: NDArray[np.float32] | None  # [n]

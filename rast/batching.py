@@ -353,4 +353,7 @@ def _sample(result: _core.Result, running: _Running) -> Sample:
         transfer_kl=result["kl"],
         scores=result["scores"],
         logits=result["logits"],
+        steps=result["steps"],
+        drafted=result["drafted"],
+        accepted=result["accepted"],
     )

@@ -890,6 +890,9 @@ def _generated(
         seed=opts.seed,
         scores=steps("scores") if opts.output_scores else None,
         logits=steps("logits") if opts.output_logits else None,
+        steps=np.array([result["steps"] for result in results]),
+        drafted=np.array([result["drafted"] for result in results]),
+        accepted=np.array([result["accepted"] for result in results]),
     )
     output.tokenizer = tokenizer
     return output

@@ -46,6 +46,12 @@ class GenerateOutput:
     """With `output_scores`: T arrays `[R, vocab]`, processed logits (−inf where forbidden); finished rows NaN."""
     logits: tuple[NDArray[np.float32], ...] | None = None
     """With `output_logits`: T arrays `[R, vocab]`, combined and unprocessed; finished rows NaN."""
+    steps: NDArray[np.int64] | None = None
+    """`[R]` steps that gave the row its tokens: `new_lengths / steps` are the tokens of a pass of the base."""
+    drafted: NDArray[np.int64] | None = None
+    """`[R]` drafts that these steps checked (`num_assistant_tokens`)."""
+    accepted: NDArray[np.int64] | None = None
+    """`[R]` drafts that stood."""
 
     def __post_init__(self) -> None:
         self.tokenizer: Tokenizer | None = None
@@ -96,6 +102,9 @@ class Sample:
     """`[n, vocab]`"""
     logits: NDArray[np.float32] | None = None
     """`[n, vocab]`"""
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def __repr__(self) -> str:
         end = self.finish_reason if self.error is None else f"error: {self.error}"

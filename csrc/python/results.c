@@ -74,6 +74,11 @@ int py_sample_add(py_sample *self, const rast_chunk *chunk) {
         return RAST_ERR_MEMORY;
     rows->n += n;
     self->finish = chunk->finish;
+    if (n && !chunk->prompt) {
+        self->n_steps++;
+        self->n_drafted += chunk->n_drafted;
+        self->n_accepted += n - 1;
+    }
     if (chunk->error && !self->error) {
         self->error = PyMem_RawMalloc(sizeof *self->error);
         if (!self->error) return RAST_ERR_MEMORY;
@@ -164,7 +169,10 @@ PyObject *py_sample_result(py_sample *self, const py_state *state) {
     if (dict && (set_item(dict, "tag", PyLong_FromUnsignedLongLong(self->tag)) ||
                  set_item(dict, "sample", PyLong_FromUnsignedLong(self->sample)) ||
                  set_item(dict, "finish", PyUnicode_FromString(py_finish_name(self->finish))) ||
-                 set_item(dict, "error", sample_error(self, state)) || set_columns(dict, &self->fresh, self, 0) ||
+                 set_item(dict, "error", sample_error(self, state)) ||
+                 set_item(dict, "steps", PyLong_FromUnsignedLongLong(self->n_steps)) ||
+                 set_item(dict, "drafted", PyLong_FromUnsignedLongLong(self->n_drafted)) ||
+                 set_item(dict, "accepted", PyLong_FromUnsignedLongLong(self->n_accepted)) || set_columns(dict, &self->fresh, self, 0) ||
                  set_item(dict, "prompt", prompt_result(self))))
         Py_CLEAR(dict);
     return dict;

@@ -35,6 +35,7 @@ typedef struct {
     rast_error *error;      /* a copy, PyMem_Raw; or NULL */
     py_rows fresh, prompt;
     size_t n_nets, n_vocab; /* shape of rows */
+    uint64_t n_steps, n_drafted, n_accepted; /* steps that drew for it; drafts that they checked, and that stood */
 } py_sample;
 
 /* Adds a chunk; 0, or RAST_ERR_MEMORY. Needs no GIL. */
