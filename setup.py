@@ -53,8 +53,9 @@ CUDA_RUNTIME = os.environ.get("RAST_CUDA_RUNTIME", "static")
 CUDA_PLUGIN = "rast._cuda"
 
 
-def cuda_tools() -> tuple[str, str, str] | None:
-    """nvcc, and the folders of cuBLAS's headers and library, from the Toolkit or NVIDIA's wheel; None: do without."""
+def cuda_tools() -> tuple[str, str, list[str]] | None:
+    """nvcc, the folder of cuBLAS's headers, and those of libraries, cuBLAS's first; from the Toolkit or NVIDIA's wheel.
+    None: do without."""
     wanted = os.environ.get("RAST_BUILD_CUDA", "")
     if wanted == "0":
         return None
@@ -71,7 +72,8 @@ def cuda_tools() -> tuple[str, str, str] | None:
         folders.append((entry / "nvidia/cu13/include", entry / "nvidia/cu13/lib"))
     found = [pair for pair in folders if (pair[0] / "cublas_v2.h").exists() and any(pair[1].glob("libcublas.so*"))]
     if nvcc and found:
-        return nvcc, str(found[0][0]), str(found[0][1])
+        others = [str(root / name) for root in toolkits for name in ("lib64", "lib") if (root / name).is_dir()]
+        return nvcc, str(found[0][0]), [str(found[0][1]), *others]
     if wanted:
         missing = "cublas_v2.h and libcublas.so (CUDA Toolkit, or pip install nvidia-cublas)" if nvcc else "nvcc"
         raise CompileError(f"RAST_BUILD_CUDA=1, but there is no {missing}")
@@ -127,7 +129,7 @@ class BuildExt(build_ext):
         tools = cuda_tools()
         if not tools:
             return
-        nvcc, include, library = tools
+        nvcc, include, libraries = tools
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         newest = CUDA_ARCHS[-1]
@@ -149,8 +151,11 @@ class BuildExt(build_ext):
             objects = list(pool.map(compile_one, sorted(ext.sources)))
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        cublas = next(path.name for name in ("libcublas.so", "libcublas.so.*") for path in Path(library).glob(name))
-        linker = [f"-L{library}", f"-l:{cublas}", f"-rpath,$ORIGIN/../nvidia/cu13/lib:{library}"]
+        cublas = next(
+            path.name for name in ("libcublas.so", "libcublas.so.*") for path in Path(libraries[0]).glob(name)
+        )
+        rpath = ":".join(["$ORIGIN/../nvidia/cu13/lib", *libraries])
+        linker = [f"-L{libraries[0]}", f"-l:{cublas}", f"-rpath,{rpath}"]
         flags = [part for flag in linker for part in ("-Xlinker", flag)]
         subprocess.run([nvcc, "-shared", f"-cudart={CUDA_RUNTIME}", *objects, *flags, "-o", target], check=True)
 
