@@ -27,18 +27,10 @@
 /* ---- vectors --------------------------------------------------------------------------------------------------------- */
 
 #define CUDA_EMULATION_VECTORS(T, name, a1, a2, a4)                                                                    \
-    struct name##1 {                                                                                                   \
-        T x;                                                                                                           \
-    };                                                                                                                 \
-    struct alignas(a2) name##2 {                                                                                       \
-        T x, y;                                                                                                        \
-    };                                                                                                                 \
-    struct name##3 {                                                                                                   \
-        T x, y, z;                                                                                                     \
-    };                                                                                                                 \
-    struct alignas(a4) name##4 {                                                                                       \
-        T x, y, z, w;                                                                                                  \
-    };                                                                                                                 \
+    struct name##1 { T x; };                                                                                           \
+    struct alignas(a2) name##2 { T x, y; };                                                                            \
+    struct name##3 { T x, y, z; };                                                                                     \
+    struct alignas(a4) name##4 { T x, y, z, w; };                                                                      \
     static inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                                  \
     static inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                                          \
     static inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
@@ -140,10 +132,11 @@ uint64_t warp(Collective, unsigned mask, uint64_t value, int source, const char 
 void warp_collect(void *given, void (*work)(void *const given[32]), const char *file, int line);
 
 int lane();
-void fence();                         /* __threadfence */
-void before_atomic(const void *p);    /* gives an atomic access the order that fences around it ask for */
+void fence();                      /* __threadfence */
+void before_atomic(const void *p); /* gives an atomic access the order that fences around it ask for */
 void after_atomic(const void *p);
-[[noreturn]] void fail(cudaError_t, const char *message, const char *file, int line); /* ends the launch with an error */
+[[noreturn]] void fail(cudaError_t, const char *message, const char *file,
+                       int line); /* ends the launch with an error */
 
 } // namespace cuda_emulation
 

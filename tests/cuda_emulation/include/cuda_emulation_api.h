@@ -47,10 +47,11 @@ void cuda_emulation_alive(cuda_emulation_alive_t *);
  * request is one instruction of one warp; its sectors are the distinct aligned 32 bytes that its lanes touch. */
 typedef struct {
     uint64_t launches, blocks, threads;
-    uint64_t load_requests, load_sectors, load_bytes;    /* bytes: what the lanes asked for */
+    uint64_t load_requests, load_sectors, load_bytes; /* bytes: what the lanes asked for */
     uint64_t store_requests, store_sectors, store_bytes;
     uint64_t atomic_requests, atomic_sectors, atomic_bytes;
-    uint64_t distinct_load_sectors, distinct_store_sectors; /* each counted once a launch: what a perfect cache leaves */
+    uint64_t distinct_load_sectors,
+        distinct_store_sectors; /* each counted once a launch: what a perfect cache leaves */
 } cuda_emulation_counts;
 /* The sum over kernels whose name (as written at the launch) contains `kernel`; NULL: all. Returns the number of kernels. */
 int cuda_emulation_counters(const char *kernel, cuda_emulation_counts *);

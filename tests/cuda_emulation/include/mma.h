@@ -30,16 +30,15 @@ template <class F, class T> void fill_fragment(F &f, const T &v) {
 /* Checks what CUDA demands: the same arguments in all lanes, 32-byte alignment, a stride of whole 16 bytes. */
 template <class T> void meet(const T *p, unsigned stride, const char *file, int line) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-    const uint64_t first = ::cuda_emulation::warp(::cuda_emulation::SHUFFLE, 0xffffffffu, at ^ ((uint64_t)stride << 48),
-                                                  0, file, line);
+    const uint64_t first =
+        ::cuda_emulation::warp(::cuda_emulation::SHUFFLE, 0xffffffffu, at ^ ((uint64_t)stride << 48), 0, file, line);
     if (first != (at ^ ((uint64_t)stride << 48)))
         ::cuda_emulation::fail(cudaErrorLaunchFailure, "lanes give a matrix fragment different addresses", file, line);
     if (at % 32 || stride * sizeof(T) % 16)
         ::cuda_emulation::fail(cudaErrorMisalignedAddress, "a matrix fragment's memory is not aligned", file, line);
 }
 
-template <class F, class T>
-void load_matrix(F &f, const T *p, unsigned stride, bool rows, const char *file, int line) {
+template <class F, class T> void load_matrix(F &f, const T *p, unsigned stride, bool rows, const char *file, int line) {
     meet(p, stride, file, line);
     const int lane = ::cuda_emulation::lane(), i = lane / 2, j = lane % 2 * 8;
     for (int e = 0; e < 8; e++) f.x[e] = rows ? p[i * (size_t)stride + j + e] : p[(j + e) * (size_t)stride + i];

@@ -148,7 +148,9 @@ __global__ void affine_kernel(float *y, float a, float b) { y[threadIdx.x] = y[t
 } // namespace
 
 extern "C" {
-void launch_sum(const float *in, float *out, int blocks) { RAST_LAUNCH(sum_kernel<128>, blocks, 128, 0, nullptr, in, out); }
+void launch_sum(const float *in, float *out, int blocks) {
+    RAST_LAUNCH(sum_kernel<128>, blocks, 128, 0, nullptr, in, out);
+}
 void launch_reverse(const int *in, int *out, int blocks, int threads, int rounds, size_t shared) {
     RAST_LAUNCH(reverse_kernel, blocks, threads, shared, nullptr, in, out, rounds);
 }

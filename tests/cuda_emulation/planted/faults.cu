@@ -2,8 +2,8 @@
 // and line; `faults NAME right` runs it without, and nothing may be reported. Lines marked FAULT are where reports must point.
 #include "kernels/launch.h"
 
-#include <cuda_bf16.h>
 #include <cublas_v2.h>
+#include <cuda_bf16.h>
 #include <mma.h>
 
 #include <stdio.h>
@@ -40,9 +40,7 @@ __global__ void missing_barrier_kernel(int *out, bool right) {
     }
     out[threadIdx.x] = sum;
 }
-void missing_barrier(bool right) {
-    RAST_LAUNCH(missing_barrier_kernel, 1, 64, 256, nullptr, device<int>(64), right);
-}
+void missing_barrier(bool right) { RAST_LAUNCH(missing_barrier_kernel, 1, 64, 256, nullptr, device<int>(64), right); }
 
 __global__ void warp_race_kernel(int *out, bool right) {
     __shared__ int tile[32];
@@ -84,7 +82,9 @@ __global__ void grid_barrier_race_kernel(int *out, bool right) {
     out[right ? blockIdx.x * 32 + threadIdx.x : threadIdx.x] = (int)blockIdx.x; // FAULT grid_barrier_race
     __syncthreads();
 }
-void grid_barrier_race(bool right) { RAST_LAUNCH(grid_barrier_race_kernel, 4, 32, 0, nullptr, device<int>(128), right); }
+void grid_barrier_race(bool right) {
+    RAST_LAUNCH(grid_barrier_race_kernel, 4, 32, 0, nullptr, device<int>(128), right);
+}
 
 __global__ void fence_kernel(int *partial, unsigned *counter, int *out, bool right) {
     partial[blockIdx.x] = (int)blockIdx.x;
@@ -170,9 +170,7 @@ void read_bounds(bool right) {
 __global__ void write_bounds_kernel(char *out, int shift) {
     out[(int)threadIdx.x + shift] = 1; // FAULT write_bounds
 }
-void write_bounds(bool right) {
-    RAST_LAUNCH(write_bounds_kernel, 1, 33, 0, nullptr, device<char>(33), right ? 0 : -1);
-}
+void write_bounds(bool right) { RAST_LAUNCH(write_bounds_kernel, 1, 33, 0, nullptr, device<char>(33), right ? 0 : -1); }
 __global__ void freed_kernel(int *p) {
     p[threadIdx.x] = 1; // FAULT freed
 }
@@ -227,7 +225,8 @@ __global__ void hidden_host_pointer_kernel(Pointers p, int *out) {
 }
 void hidden_host_pointer(bool right) {
     int *host = static_cast<int *>(calloc(32, 4));
-    RAST_LAUNCH(hidden_host_pointer_kernel, 1, 32, 0, nullptr, Pointers{right ? device<int>(32) : host}, device<int>(32));
+    RAST_LAUNCH(hidden_host_pointer_kernel, 1, 32, 0, nullptr, Pointers{right ? device<int>(32) : host},
+                device<int>(32));
     cudaDeviceSynchronize();
     free(host);
 }
@@ -244,8 +243,8 @@ void product_bounds(bool right) {
     cublasHandle_t h;
     const float one = 1, zero = 0;
     if (cublasCreate(&h)) abort();
-    cublasSgemm(h, CUBLAS_OP_T, CUBLAS_OP_N, 4, 3, 5, &one, device<float>(right ? 20 : 19), 5, device<float>(15), 5, &zero,
-                device<float>(12), 4);
+    cublasSgemm(h, CUBLAS_OP_T, CUBLAS_OP_N, 4, 3, 5, &one, device<float>(right ? 20 : 19), 5, device<float>(15), 5,
+                &zero, device<float>(12), 4);
     cudaDeviceSynchronize();
     cublasDestroy(h);
 }
@@ -300,13 +299,13 @@ const struct {
     const char *name;
     void (*run)(bool right);
 } programs[] = {
-    FAULT(block_race),     FAULT(missing_barrier), FAULT(warp_race),      FAULT(shuffle_race),
-    FAULT(other_warp),     FAULT(grid_race),       FAULT(grid_barrier_race), FAULT(fence),
-    FAULT(missing_event),  FAULT(graph_race),      FAULT(host_race),      FAULT(read_bounds),
-    FAULT(write_bounds),   FAULT(freed),           FAULT(fixed_shared),   FAULT(dynamic_shared),
+    FAULT(block_race),     FAULT(missing_barrier), FAULT(warp_race),           FAULT(shuffle_race),
+    FAULT(other_warp),     FAULT(grid_race),       FAULT(grid_barrier_race),   FAULT(fence),
+    FAULT(missing_event),  FAULT(graph_race),      FAULT(host_race),           FAULT(read_bounds),
+    FAULT(write_bounds),   FAULT(freed),           FAULT(fixed_shared),        FAULT(dynamic_shared),
     FAULT(alignment),      FAULT(host_pointer),    FAULT(hidden_host_pointer), FAULT(device_on_host),
-    FAULT(product_bounds), FAULT(ended_barrier),   FAULT(two_barriers),   FAULT(ended_lane),
-    FAULT(unnamed_lane),   FAULT(not_in_mask),     FAULT(different),      FAULT(fragment),
+    FAULT(product_bounds), FAULT(ended_barrier),   FAULT(two_barriers),        FAULT(ended_lane),
+    FAULT(unnamed_lane),   FAULT(not_in_mask),     FAULT(different),           FAULT(fragment),
 };
 
 } // namespace

@@ -74,8 +74,13 @@ constexpr size_t STACK = 128 * 1024;
 Fiber scheduler;
 Fiber *running;
 Ordering orderings[1025], *free_orderings; /* a thread waits for at most one */
-char *shared_memory; /* 256 KiB between pages without access */
+char *shared_memory;                       /* 256 KiB between pages without access */
 constexpr size_t SHARED = 256 * 1024;
+#ifdef EMULATION_ADDRESS
+constexpr size_t BEHIND = PAGE; /* poisoned, so that AddressSanitizer reports more than a fault of the machine */
+#else
+constexpr size_t BEHIND = 0;
+#endif
 
 struct {
     const Launch *launch;
@@ -89,7 +94,7 @@ struct {
     std::vector<Warp> warps;
     char *dynamic;
     cudaError_t error;
-    alignas(8) char start, end; /* addresses for ThreadSanitizer */
+    alignas(8) char start, end, failure; /* addresses for ThreadSanitizer */
 } block;
 
 [[noreturn]] void thread_main();
@@ -217,14 +222,22 @@ std::string named(unsigned mask) {
 
 const char *kind_name(Collective kind) {
     switch (kind) {
-    case BARRIER: return "__syncthreads";
-    case BARRIER_COUNT: return "__syncthreads_count";
-    case BARRIER_AND: return "__syncthreads_and";
-    case BARRIER_OR: return "__syncthreads_or";
-    case SYNC: return "__syncwarp";
-    case SHUFFLE: return "a shuffle";
-    case VOTE: return "a vote";
-    default: return "a warp matrix operation";
+    case BARRIER:
+        return "__syncthreads";
+    case BARRIER_COUNT:
+        return "__syncthreads_count";
+    case BARRIER_AND:
+        return "__syncthreads_and";
+    case BARRIER_OR:
+        return "__syncthreads_or";
+    case SYNC:
+        return "__syncwarp";
+    case SHUFFLE:
+        return "a shuffle";
+    case VOTE:
+        return "a vote";
+    default:
+        return "a warp matrix operation";
     }
 }
 
@@ -243,7 +256,9 @@ std::string culprit(const Fiber *f) {
 [[noreturn]] void fail_thread(cudaError_t error, const std::string &what) {
     block.error = error;
     Fiber *culpable = running;
+    tsan_release(&block.failure); /* the text was made here */
     tsan_switch_to_fiber(scheduler.tsan);
+    tsan_acquire(&block.failure);
     report(error, culprit(culpable) + what);
     switch_to(&scheduler);
     abort();
@@ -372,7 +387,7 @@ void run_block(Context &context) {
     block.ready.assign(block.fibers.rbegin(), block.fibers.rend());
 
     const size_t room = (l.shared + 127) / 128 * 128;
-    block.dynamic = shared_memory + PAGE + SHARED - room;
+    block.dynamic = shared_memory + PAGE + SHARED - BEHIND - room;
     if (l.shared) {
         __asan_unpoison_memory_region(block.dynamic, l.shared);
         fill(block.dynamic, l.shared);
@@ -392,6 +407,12 @@ void run_block(Context &context) {
         report(block.error, culprit(nullptr) + stall());
     }
     count_block_end();
+    for (Fiber *f : block.fibers) { /* threads left in the middle, after an error */
+        if (!f->spoiled) continue;
+        tsan_switch_to_fiber(f->tsan);
+        tsan_release(&block.end);
+        tsan_switch_to_fiber(scheduler.tsan);
+    }
     if (l.shared) __asan_poison_memory_region(block.dynamic, l.shared);
 }
 
@@ -453,9 +474,7 @@ cudaError_t run_grid(const Launch &l, Context &own, const void *site, void *host
     return block.error;
 }
 
-void *dynamic_shared() {
-    return block.dynamic; /* a launch without any gets the end, where nobody may touch */
-}
+void *dynamic_shared() { return block.dynamic; /* a launch without any gets the end, where nobody may touch */ }
 
 int lane() { return running->lane; }
 
@@ -481,7 +500,9 @@ int barrier(Collective kind, int predicate, const char *file, int line) {
     if (block.at_barrier == block.n_threads) {
         block.at_barrier = 0;
         block.ordering = nullptr;
-        const uint64_t result = (uint64_t)(kind == BARRIER_COUNT ? block.count : kind == BARRIER_AND ? block.all : block.any);
+        const uint64_t result = (uint64_t)(kind == BARRIER_COUNT ? block.count
+                                           : kind == BARRIER_AND ? block.all
+                                                                 : block.any);
         for (size_t i = block.fibers.size(); i-- > 0;) {
             block.fibers[i]->value = result;
             if (block.fibers[i] != f) block.ready.push_back(block.fibers[i]);

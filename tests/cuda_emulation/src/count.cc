@@ -127,7 +127,12 @@ void access(const void *p, size_t bytes, Kind kind, const void *pc) {
     }
     const std::string source = source_of(pc);
     const size_t colon = source.rfind(':');
-    fail(cudaErrorIllegalAddress, ((kind == LOAD ? "reads " : kind == STORE ? "writes " : "updates ") + fault).c_str(),
+    fail(cudaErrorIllegalAddress,
+         ((kind == LOAD    ? "reads "
+           : kind == STORE ? "writes "
+                           : "updates ") +
+          fault)
+             .c_str(),
          source.substr(0, colon).c_str(), colon == std::string::npos ? 0 : atoi(source.c_str() + colon + 1));
 }
 

@@ -30,8 +30,9 @@ bool alive_handle(cublasHandle_t h) {
 }
 
 cublasStatus_t status_of(cudaError_t e) {
-    return !e ? CUBLAS_STATUS_SUCCESS
-              : e == cudaErrorMemoryAllocation ? CUBLAS_STATUS_ALLOC_FAILED : CUBLAS_STATUS_EXECUTION_FAILED;
+    return !e                               ? CUBLAS_STATUS_SUCCESS
+           : e == cudaErrorMemoryAllocation ? CUBLAS_STATUS_ALLOC_FAILED
+                                            : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 
 size_t size_of(cudaDataType type) { return type == CUDA_R_32F ? 4 : 2; }
@@ -59,7 +60,8 @@ std::vector<float> pack(const Matrix &a, int n, int k, bool along_columns) {
     std::vector<float> lines((size_t)n * (size_t)k);
     for (int i = 0; i < n; i++)
         for (int p = 0; p < k; p++) {
-            const size_t at = along_columns ? (size_t)i * (size_t)a.ld + (size_t)p : (size_t)p * (size_t)a.ld + (size_t)i;
+            const size_t at =
+                along_columns ? (size_t)i * (size_t)a.ld + (size_t)p : (size_t)p * (size_t)a.ld + (size_t)i;
             lines[(size_t)i * (size_t)k + (size_t)p] = element(a.data, at, a.type);
         }
     return lines;
@@ -103,7 +105,8 @@ struct Gemm {
             for (int i = 0; i < m; i++) {
                 const size_t at = (size_t)j * (size_t)ldc + (size_t)i;
                 float v = scaled ? alpha * dot(&left[(size_t)i * (size_t)k], &right[(size_t)j * (size_t)k], k) : 0.0f;
-                if (beta != 0.0f) v += beta * element(c, at, type_c); /* beta 0: c is not read, NaN there does not matter */
+                if (beta != 0.0f)
+                    v += beta * element(c, at, type_c); /* beta 0: c is not read, NaN there does not matter */
                 if (type_c == CUDA_R_32F)
                     static_cast<float *>(c)[at] = v;
                 else
@@ -115,8 +118,8 @@ struct Gemm {
     bool touch_columns(const void *p, int rows, int columns, int ld, cudaDataType type, bool write) const {
         if (rows == ld || columns == 1) return touch(p, span(rows, columns, ld, type), write, name);
         for (int j = 0; j < columns; j++)
-            if (!touch(static_cast<const char *>(p) + (size_t)j * (size_t)ld * size_of(type), (size_t)rows * size_of(type),
-                       write, name))
+            if (!touch(static_cast<const char *>(p) + (size_t)j * (size_t)ld * size_of(type),
+                       (size_t)rows * size_of(type), write, name))
                 return false;
         return true;
     }
@@ -132,8 +135,8 @@ struct Batch {
 cublasStatus_t fault(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, const Gemm &g, const void *alpha,
                      const void *beta, int batch, cublasComputeType_t compute) {
     if (!alive_handle(h)) return CUBLAS_STATUS_NOT_INITIALIZED;
-    if ((unsigned)ta > CUBLAS_OP_C || (unsigned)tb > CUBLAS_OP_C || g.m < 0 || g.n < 0 || g.k < 0 || batch < 0 || !alpha ||
-        !beta)
+    if ((unsigned)ta > CUBLAS_OP_C || (unsigned)tb > CUBLAS_OP_C || g.m < 0 || g.n < 0 || g.k < 0 || batch < 0 ||
+        !alpha || !beta)
         return CUBLAS_STATUS_INVALID_VALUE;
     if (g.a.ld < std::max(1, g.a.transposed ? g.k : g.m) || g.b.ld < std::max(1, g.b.transposed ? g.n : g.k) ||
         g.ldc < std::max(1, g.m))
@@ -269,15 +272,24 @@ cublasStatus_t cublasSetAtomicsMode(cublasHandle_t h, cublasAtomicsMode_t) {
 
 const char *cublasGetStatusName(cublasStatus_t status) {
     switch (status) {
-    case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
-    case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
-    case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
-    case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
-    case CUBLAS_STATUS_ARCH_MISMATCH: return "CUBLAS_STATUS_ARCH_MISMATCH";
-    case CUBLAS_STATUS_MAPPING_ERROR: return "CUBLAS_STATUS_MAPPING_ERROR";
-    case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
-    case CUBLAS_STATUS_INTERNAL_ERROR: return "CUBLAS_STATUS_INTERNAL_ERROR";
-    case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+    case CUBLAS_STATUS_SUCCESS:
+        return "CUBLAS_STATUS_SUCCESS";
+    case CUBLAS_STATUS_NOT_INITIALIZED:
+        return "CUBLAS_STATUS_NOT_INITIALIZED";
+    case CUBLAS_STATUS_ALLOC_FAILED:
+        return "CUBLAS_STATUS_ALLOC_FAILED";
+    case CUBLAS_STATUS_INVALID_VALUE:
+        return "CUBLAS_STATUS_INVALID_VALUE";
+    case CUBLAS_STATUS_ARCH_MISMATCH:
+        return "CUBLAS_STATUS_ARCH_MISMATCH";
+    case CUBLAS_STATUS_MAPPING_ERROR:
+        return "CUBLAS_STATUS_MAPPING_ERROR";
+    case CUBLAS_STATUS_EXECUTION_FAILED:
+        return "CUBLAS_STATUS_EXECUTION_FAILED";
+    case CUBLAS_STATUS_INTERNAL_ERROR:
+        return "CUBLAS_STATUS_INTERNAL_ERROR";
+    case CUBLAS_STATUS_NOT_SUPPORTED:
+        return "CUBLAS_STATUS_NOT_SUPPORTED";
     }
     return "<unknown>";
 }
@@ -286,35 +298,48 @@ const char *cublasGetStatusString(cublasStatus_t status) { return cublasGetStatu
 cublasStatus_t cublasSgemm_v2(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
                               const float *alpha, const float *a, int lda, const float *b, int ldb, const float *beta,
                               float *c, int ldc) {
-    return gemm(h, ta, tb,
-                {m, n, k, 0, 0, {a, CUDA_R_32F, lda, false}, {b, CUDA_R_32F, ldb, false}, c, CUDA_R_32F, ldc, "cublasSgemm"},
-                alpha, beta, {0, 0, 0, nullptr, nullptr, nullptr, 1}, CUBLAS_COMPUTE_32F, SITE);
+    return gemm(
+        h, ta, tb,
+        {m, n, k, 0, 0, {a, CUDA_R_32F, lda, false}, {b, CUDA_R_32F, ldb, false}, c, CUDA_R_32F, ldc, "cublasSgemm"},
+        alpha, beta, {0, 0, 0, nullptr, nullptr, nullptr, 1}, CUBLAS_COMPUTE_32F, SITE);
 }
 cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n,
                                          int k, const float *alpha, const float *a, int lda, long long stride_a,
                                          const float *b, int ldb, long long stride_b, const float *beta, float *c,
                                          int ldc, long long stride_c, int batch) {
     return gemm(h, ta, tb,
-                {m, n, k, 0, 0, {a, CUDA_R_32F, lda, false}, {b, CUDA_R_32F, ldb, false}, c, CUDA_R_32F, ldc,
+                {m,
+                 n,
+                 k,
+                 0,
+                 0,
+                 {a, CUDA_R_32F, lda, false},
+                 {b, CUDA_R_32F, ldb, false},
+                 c,
+                 CUDA_R_32F,
+                 ldc,
                  "cublasSgemmStridedBatched"},
-                alpha, beta, {stride_a, stride_b, stride_c, nullptr, nullptr, nullptr, batch}, CUBLAS_COMPUTE_32F, SITE);
+                alpha, beta, {stride_a, stride_b, stride_c, nullptr, nullptr, nullptr, batch}, CUBLAS_COMPUTE_32F,
+                SITE);
 }
 cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
                             const void *alpha, const void *a, cudaDataType type_a, int lda, const void *b,
                             cudaDataType type_b, int ldb, const void *beta, void *c, cudaDataType type_c, int ldc,
                             cublasComputeType_t compute, cublasGemmAlgo_t) {
-    return gemm(h, ta, tb, {m, n, k, 0, 0, {a, type_a, lda, false}, {b, type_b, ldb, false}, c, type_c, ldc, "cublasGemmEx"},
+    return gemm(h, ta, tb,
+                {m, n, k, 0, 0, {a, type_a, lda, false}, {b, type_b, ldb, false}, c, type_c, ldc, "cublasGemmEx"},
                 alpha, beta, {0, 0, 0, nullptr, nullptr, nullptr, 1}, compute, SITE);
 }
 cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n,
                                           int k, const void *alpha, const void *a, cudaDataType type_a, int lda,
                                           long long stride_a, const void *b, cudaDataType type_b, int ldb,
                                           long long stride_b, const void *beta, void *c, cudaDataType type_c, int ldc,
-                                          long long stride_c, int batch, cublasComputeType_t compute, cublasGemmAlgo_t) {
-    return gemm(h, ta, tb,
-                {m, n, k, 0, 0, {a, type_a, lda, false}, {b, type_b, ldb, false}, c, type_c, ldc,
-                 "cublasGemmStridedBatchedEx"},
-                alpha, beta, {stride_a, stride_b, stride_c, nullptr, nullptr, nullptr, batch}, compute, SITE);
+                                          long long stride_c, int batch, cublasComputeType_t compute,
+                                          cublasGemmAlgo_t) {
+    return gemm(
+        h, ta, tb,
+        {m, n, k, 0, 0, {a, type_a, lda, false}, {b, type_b, ldb, false}, c, type_c, ldc, "cublasGemmStridedBatchedEx"},
+        alpha, beta, {stride_a, stride_b, stride_c, nullptr, nullptr, nullptr, batch}, compute, SITE);
 }
 cublasStatus_t cublasGemmBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
                                    const void *alpha, const void *const a[], cudaDataType type_a, int lda,
@@ -323,7 +348,16 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t h, cublasOperation_t ta, cubla
                                    cublasComputeType_t compute, cublasGemmAlgo_t) {
     if (batch > 0 && (!a || !b || !c)) return CUBLAS_STATUS_INVALID_VALUE;
     return gemm(h, ta, tb,
-                {m, n, k, 0, 0, {nullptr, type_a, lda, false}, {nullptr, type_b, ldb, false}, nullptr, type_c, ldc,
+                {m,
+                 n,
+                 k,
+                 0,
+                 0,
+                 {nullptr, type_a, lda, false},
+                 {nullptr, type_b, ldb, false},
+                 nullptr,
+                 type_c,
+                 ldc,
                  "cublasGemmBatchedEx"},
                 alpha, beta, {0, 0, 0, a, b, c, batch}, compute, SITE);
 }

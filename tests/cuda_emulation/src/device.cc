@@ -275,23 +275,56 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr, int which) {
     if (!value) return call.end(cudaErrorInvalidValue);
     if (which < 0 || which >= settings().devices) return call.end(cudaErrorInvalidDevice);
     switch (attr) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    case cudaDevAttrMaxRegistersPerBlock: *value = 65536; break;
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrIntegrated: *value = 0; break;
-    case cudaDevAttrL2CacheSize: *value = 4 << 20; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
-    case cudaDevAttrUnifiedAddressing: *value = 1; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = settings().capability / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = settings().capability % 10; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 * 1024; break;
-    case cudaDevAttrPageableMemoryAccess: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; break;
-    case cudaDevAttrHostRegisterSupported: *value = 1; break;
-    case cudaDevAttrHostRegisterReadOnlySupported: *value = 1; break;
-    default: return call.end(cudaErrorInvalidValue);
+    case cudaDevAttrMaxThreadsPerBlock:
+        *value = 1024;
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+        *value = 48 * 1024;
+        break;
+    case cudaDevAttrWarpSize:
+        *value = 32;
+        break;
+    case cudaDevAttrMaxRegistersPerBlock:
+        *value = 65536;
+        break;
+    case cudaDevAttrMultiProcessorCount:
+        *value = 4;
+        break;
+    case cudaDevAttrIntegrated:
+        *value = 0;
+        break;
+    case cudaDevAttrL2CacheSize:
+        *value = 4 << 20;
+        break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+        *value = 2048;
+        break;
+    case cudaDevAttrUnifiedAddressing:
+        *value = 1;
+        break;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = settings().capability / 10;
+        break;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = settings().capability % 10;
+        break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+        *value = 228 * 1024;
+        break;
+    case cudaDevAttrPageableMemoryAccess:
+        *value = 0;
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = 227 * 1024;
+        break;
+    case cudaDevAttrHostRegisterSupported:
+        *value = 1;
+        break;
+    case cudaDevAttrHostRegisterReadOnlySupported:
+        *value = 1;
+        break;
+    default:
+        return call.end(cudaErrorInvalidValue);
     }
     return cudaSuccess;
 }

@@ -14,6 +14,11 @@ namespace cuda_emulation {
 namespace {
 
 constexpr size_t PAGE = 4096, ALIGNMENT = 256, RESERVED = (size_t)512 << 30, FILLED = (size_t)64 << 20;
+#ifdef EMULATION_ADDRESS
+constexpr size_t BEHIND = PAGE; /* poisoned, so that AddressSanitizer reports more than a fault of the machine */
+#else
+constexpr size_t BEHIND = 0;
+#endif
 
 struct Block {
     size_t bytes;
@@ -38,8 +43,7 @@ size_t taken[16];      /* of each device's memory */
 bool reserve() {
     if (arena) return true;
     /* The bare system call: no sanitizer needs to know of so large a range. */
-    const long at =
-        syscall(SYS_mmap, nullptr, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const long at = syscall(SYS_mmap, nullptr, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at < 0 && at > -4096) return false;
     arena = (uintptr_t)at;
     used = PAGE;
@@ -61,7 +65,7 @@ void poison(uintptr_t p, size_t bytes) { __asan_poison_memory_region(reinterpret
 void release(uintptr_t p, Block &b) {
     b.freed = true;
     poison(p, b.bytes < FILLED ? b.bytes : FILLED);
-    const uintptr_t end = p + padded(b.bytes), start = p / PAGE * PAGE;
+    const uintptr_t end = p + padded(b.bytes) + BEHIND, start = p / PAGE * PAGE;
     /* Gives the memory back and leaves the addresses without access. */
     syscall(SYS_mmap, start, end - start, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     taken[b.device] -= b.bytes;
@@ -122,10 +126,11 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     if (bytes == 0) return cudaSuccess;
     size_t &mine = taken[current_device()];
     if (bytes > settings().memory || mine > settings().memory - bytes) return call.end(cudaErrorMemoryAllocation);
-    const size_t room = pages(padded(bytes));
+    const size_t room = pages(padded(bytes)) + BEHIND;
     if (!reserve() || room > RESERVED - used - 2 * PAGE) return call.end(cudaErrorMemoryAllocation);
-    const uintptr_t start = arena + used, at = start + room - padded(bytes);
-    if (mprotect(reinterpret_cast<void *>(start), room, PROT_READ | PROT_WRITE)) return call.end(cudaErrorMemoryAllocation);
+    const uintptr_t start = arena + used, at = start + room - BEHIND - padded(bytes);
+    if (mprotect(reinterpret_cast<void *>(start), room, PROT_READ | PROT_WRITE))
+        return call.end(cudaErrorMemoryAllocation);
     used += room + PAGE;
     memset(reinterpret_cast<void *>(at), 0xff, bytes < FILLED ? bytes : FILLED); /* not a number, and no index */
     poison(start, at - start);

@@ -37,7 +37,7 @@ class Call {
     explicit Call(Kind = USES_DEVICE);
     ~Call();
     Call(const Call &) = delete;
-    cudaError_t error;           /* cudaSuccess: go on */
+    cudaError_t error;            /* cudaSuccess: go on */
     cudaError_t end(cudaError_t); /* the call's result; remembers errors for cudaGetLastError */
 };
 
@@ -54,7 +54,7 @@ bool touch(const void *p, size_t bytes, bool write, const char *who);
 /* ---- fibers and blocks (block.cc) ------------------------------------------------------------------------------------ */
 
 struct Fiber;
-struct Context { /* one order of execution: a stream, or a branch of a graph */
+struct Context {          /* one order of execution: a stream, or a branch of a graph */
     void *tsan = nullptr; /* in order, as a ThreadSanitizer fiber */
     std::vector<Fiber *> fibers;
     size_t next_fiber = 0;
@@ -89,9 +89,9 @@ void count_launch_end();
 struct Where { /* of the running thread; null names: host code runs */
     const char *kernel;
     uint3 block, thread;
-    unsigned linear;                        /* index in the block */
-    const char *stack, *stack_end;          /* the fiber's, and its record behind it */
-    const char *dynamic, *dynamic_end;      /* shared memory */
+    unsigned linear;                   /* index in the block */
+    const char *stack, *stack_end;     /* the fiber's, and its record behind it */
+    const char *dynamic, *dynamic_end; /* shared memory */
     const char *shared, *shared_end;
     const char *arguments, *arguments_end;
 };

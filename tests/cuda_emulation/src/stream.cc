@@ -329,7 +329,8 @@ void enqueue(const Launch &launch, cudaStream_t stream) {
                 if (!p || is_pinned(p, 1)) continue;
                 std::string fault = device_fault(p, 0);
                 if (fault.empty()) continue;
-                report(cudaErrorIllegalAddress, std::string("kernel ") + held->name + ": an argument points to " + fault);
+                report(cudaErrorIllegalAddress,
+                       std::string("kernel ") + held->name + ": an argument points to " + fault);
                 return cudaErrorIllegalAddress;
             }
             return run_grid(*held, context, at, host);
@@ -387,8 +388,8 @@ static cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind
         auto staged = std::make_shared<std::vector<char>>(static_cast<const char *>(from),
                                                           static_cast<const char *>(from) + bytes);
         Work work = copy_work(to, staged->data(), bytes);
-        cudaError_t e = submit(
-            stream, [staged, work](Context &c, const void *at, void *host) { return work(c, at, host); }, site);
+        cudaError_t e =
+            submit(stream, [staged, work](Context &c, const void *at, void *host) { return work(c, at, host); }, site);
         if (e || !pageable_to) return e;
         return drain(stream);
     }
@@ -669,9 +670,9 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus *
     if (call.error) return call.end(call.error);
     cudaStream_t s = stream_of(handle);
     if (!s || !status) return call.end(s ? cudaErrorInvalidValue : cudaErrorInvalidResourceHandle);
-    *status = !s->capture            ? cudaStreamCaptureStatusNone
+    *status = !s->capture           ? cudaStreamCaptureStatusNone
               : s->capture->invalid ? cudaStreamCaptureStatusInvalidated
-                                     : cudaStreamCaptureStatusActive;
+                                    : cudaStreamCaptureStatusActive;
     return cudaSuccess;
 }
 
