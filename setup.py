@@ -1,10 +1,18 @@
 """Builds the extension rast._core from csrc/; all other metadata is in pyproject.toml.
 
-Environment: RAST_SANITIZE=1 builds with ASan and UBSan, RAST_WERROR=1 turns warnings into errors.
+The CUDA backend, rast/_cuda.so, is a plugin: a shared object that rast/devices.py finds beside itself and no Python
+module. It is built where nvcc and cuBLAS's headers are found.
+
+Environment: RAST_SANITIZE=1 builds with ASan and UBSan, RAST_WERROR=1 turns warnings into errors. RAST_BUILD_CUDA=1
+demands the CUDA backend, 0 leaves it out; RAST_CUDA_ARCHS="80 90" restricts it to these compute capabilities; CUDA_HOME
+names the Toolkit; RAST_CUDA_RUNTIME=shared links libcudart.so, whose functions the tests call, instead of its archive.
 """
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -35,14 +43,55 @@ if os.environ.get("RAST_SANITIZE"):
     SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
     COMPILE_FLAGS += [*SANITIZE, "-fno-sanitize-recover=undefined", "-O1", "-g"]
     LINK_FLAGS += SANITIZE
-if os.environ.get("RAST_WERROR"):
+WERROR = bool(os.environ.get("RAST_WERROR"))
+if WERROR:
     COMPILE_FLAGS += ["-Wall", "-Wextra", "-Werror"]
+
+
+CUDA_ARCHS = os.environ.get("RAST_CUDA_ARCHS", "80 86 89 90 100 120").split()
+CUDA_RUNTIME = os.environ.get("RAST_CUDA_RUNTIME", "static")
+CUDA_PLUGIN = "rast._cuda"
+
+
+def cuda_tools() -> tuple[str, str, list[str]] | None:
+    """nvcc, the folder of cuBLAS's headers, and those of libraries, cuBLAS's first; from the Toolkit or NVIDIA's wheel.
+    None: do without."""
+    wanted = os.environ.get("RAST_BUILD_CUDA", "")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    toolkits = [Path(home)]
+    if nvcc:  # which may be a script that calls another
+        plan = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False
+        )
+        toolkits += [Path(line[len("#$ TOP=") :]) for line in plan.stderr.splitlines() if line.startswith("#$ TOP=")]
+    folders = [(root / "include", root / library) for root in toolkits for library in ("lib64", "lib")]
+    for entry in map(Path, sys.path):
+        folders.append((entry / "nvidia/cu13/include", entry / "nvidia/cu13/lib"))
+    found = [pair for pair in folders if (pair[0] / "cublas_v2.h").exists() and any(pair[1].glob("libcublas.so*"))]
+    if nvcc and found:
+        others = [str(root / name) for root in toolkits for name in ("lib64", "lib") if (root / name).is_dir()]
+        return nvcc, str(found[0][0]), [str(found[0][1]), *others]
+    if wanted:
+        missing = "cublas_v2.h and libcublas.so (CUDA Toolkit, or pip install nvidia-cublas)" if nvcc else "nvcc"
+        raise CompileError(f"RAST_BUILD_CUDA=1, but there is no {missing}")
+    return None
 
 
 class BuildExt(build_ext):
     """Compiles each source with the flags of its instruction set, in parallel, and only what changed."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        parts = fullname.split(".")  # with the package or without
+        is_plugin = parts[-1] == CUDA_PLUGIN.split(".")[-1]
+        return "/".join(parts) + ".so" if is_plugin else str(super().get_ext_filename(fullname))
+
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA_PLUGIN:
+            self.build_plugin(ext)
+            return
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(lambda source: self.compile(source, ext), sorted(ext.sources)))
         target = self.get_ext_fullpath(ext.name)
@@ -76,6 +125,40 @@ class BuildExt(build_ext):
             raise CompileError(needs) from error
         return target
 
+    def build_plugin(self, ext: Extension) -> None:
+        tools = cuda_tools()
+        if not tools:
+            return
+        nvcc, include, libraries = tools
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = CUDA_ARCHS[-1]
+        archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+        archs.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # PTX, for what comes after
+        host = ["-fPIC", *(["-Wall", "-Wextra", "-Werror"] if WERROR else [])]
+        common = [nvcc, "-O3", "-D_GNU_SOURCE", f"-I{include}", *(["-Werror", "all-warnings"] if WERROR else [])]
+
+        def compile_one(source: str) -> str:
+            target = str(folder / (source.replace("/", "_") + ".o"))
+            if not self.force and not newer_group([source, *ext.depends], target):
+                return target
+            kind = ["-std=c++17", *archs] if source.endswith(".cu") else ["-Xcompiler", "-std=c11"]
+            command = [*common, *kind, "-Xcompiler", ",".join(host), "-c", source, "-o", target]
+            subprocess.run(command, check=True)
+            return target
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compile_one, sorted(ext.sources)))
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        cublas = next(
+            path.name for name in ("libcublas.so", "libcublas.so.*") for path in Path(libraries[0]).glob(name)
+        )
+        rpath = ":".join(["$ORIGIN/../nvidia/cu13/lib", *libraries])
+        linker = [f"-L{libraries[0]}", f"-l:{cublas}", f"-rpath,{rpath}"]
+        flags = [part for flag in linker for part in ("-Xlinker", flag)]
+        subprocess.run([nvcc, "-shared", f"-cudart={CUDA_RUNTIME}", *objects, *flags, "-o", target], check=True)
+
 
 setup(
     cmdclass={"build_ext": BuildExt},
@@ -88,6 +171,12 @@ setup(
             define_macros=[("_GNU_SOURCE", None)],
             extra_compile_args=COMPILE_FLAGS,
             extra_link_args=LINK_FLAGS,
-        )
+        ),
+        Extension(
+            CUDA_PLUGIN,
+            sources=[*glob("kernels/*.cu"), *glob("csrc/backends/cuda/*.c"), "csrc/error.c", "csrc/model/quantize.c"],
+            depends=[*glob("kernels/*.h"), *glob("csrc/**/*.h", recursive=True)],
+            optional=os.environ.get("RAST_BUILD_CUDA") != "1",
+        ),
     ],
 )

@@ -12,6 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": dict(
+        model_type="qwen2",
+        num_hidden_layers=28,
+        hidden_size=3584,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    ),
     "qwen2.5-1.5b": dict(
         model_type="qwen2",
         num_hidden_layers=28,
@@ -51,6 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 TRIOS = {  # base, expert and antiexpert
+    "qwen7b+1.5b": ("qwen2.5-7b", "qwen2.5-1.5b"),
     "qwen1.5b+0.5b": ("qwen2.5-1.5b", "qwen2.5-0.5b"),
     "smollm2": ("smollm2-135m", "smollm2-135m"),
     "tiny": ("tiny", "tiny"),
@@ -91,8 +102,10 @@ def random_model(folder: Path, shape: str, seed: int) -> Path:
             if c["model_type"] == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 tensors[f"{p}{name}.bias"] = noise(rows)
         tensors |= {f"{p}input_layernorm.weight": ones(), f"{p}post_attention_layernorm.weight": ones()}
+    if not c.get("tie_word_embeddings", True):
+        tensors["lm_head.weight"] = noise(c["vocab_size"], hidden)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = c | dict(
+    config = dict(
         architectures=[architecture],
         hidden_act="silu",
         max_position_embeddings=4096,
@@ -101,6 +114,7 @@ def random_model(folder: Path, shape: str, seed: int) -> Path:
         tie_word_embeddings=True,
         torch_dtype="bfloat16",
     )
+    config |= c
     (folder / "config.json").write_text(json.dumps(config, indent=1))  # last: it marks the folder as complete
     return folder
 

@@ -15,7 +15,7 @@ PLUGIN = "RAST_CUDA_PLUGIN"
 """Environment variable: path of the CUDA backend, in place of the one beside this file."""
 
 _CUBLAS = ("libcublasLt.so.13", "libcublas.so.13")  # in the order in which they need each other
-_HINT = "install the NVIDIA driver and `pip install 'rast[cuda]'`, or use device='cpu'"
+_HINT = "see 'CUDA' in README.md, or use device='cpu'"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _cuda(index: int) -> Device:
     if not os.path.exists(path):
         if os.environ.get(PLUGIN):
             raise RuntimeError(f"${PLUGIN} names {path}, which does not exist")
-        raise RuntimeError("this build of rast has no CUDA backend (it needs nvcc, see README.md)")
+        raise RuntimeError("this build of rast has no CUDA backend (it is built where nvcc and cuBLAS are found)")
     _load_cublas()
     _core.check_device("cuda", index, path)
     return Device("cuda", index, path)

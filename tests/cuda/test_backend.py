@@ -226,7 +226,7 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
     n_calls = emulation.lib.cuda_emulation_calls() - before
     del model
     # all of some stretches: opening, the first weights, the end of loading and the first steps
-    sweep = range(1, n_calls + 1) if FULL else [*range(1, 40, 3), *range(at_load - 6, n_calls + 1, n_calls // 60)]
+    sweep = range(1, n_calls + 1) if FULL else [*range(1, 40, 5), *range(at_load - 6, n_calls + 1, n_calls // 25)]
     failed = 0
     lost: dict[str, int] = {}
     for n in sweep:

@@ -88,7 +88,7 @@ void cuda_release(rast_ctx *ctx, rast_dev data) {
     ctx->used[ctx->allocations[i - 1].use] -= ctx->allocations[i - 1].bytes;
     ctx->allocations[i - 1] = ctx->allocations[--ctx->n_allocations];
     ctx->releases++;
-    if (cuda_may_release(ctx)) cudaFree(cuda_ptr(data));
+    if (cuda_may_release(ctx) && cudaFree(cuda_ptr(data)) != cudaSuccess) cudaGetLastError();
 }
 
 int cuda_allocate_pinned(rast_ctx *ctx, size_t bytes, void **out, rast_error *err) {
@@ -104,7 +104,7 @@ int cuda_allocate_pinned(rast_ctx *ctx, size_t bytes, void **out, rast_error *er
 void cuda_release_pinned(rast_ctx *ctx, void *data) {
     if (!data) return;
     ctx->releases++;
-    if (cuda_may_release(ctx)) cudaFreeHost(data);
+    if (cuda_may_release(ctx) && cudaFreeHost(data) != cudaSuccess) cudaGetLastError();
 }
 
 int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_error *err) {
