@@ -75,11 +75,11 @@ def test_expert_that_is_the_target(text_trio: dict[str, Any]) -> None:
     assert_same(run(model, prompt, max_new_tokens=61, num_assistant_tokens=4, **OPTIONS["sampled"]), want)
     checked, accepted = drafts(model)
     assert checked == accepted == 48
+    assert model.cache_info()["steps"] - steps == 13
     out = model.generate(
         prompt, max_new_tokens=61, num_assistant_tokens=4, return_dict_in_generate=True, **OPTIONS["sampled"]
     )
     assert (out.steps.tolist(), out.drafted.tolist(), out.accepted.tolist()) == ([13], [48], [48])
-    assert model.cache_info()["steps"] - steps == 13
 
 
 def test_batch_of_everything(text_trio: dict[str, Any]) -> None:

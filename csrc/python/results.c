@@ -172,8 +172,8 @@ PyObject *py_sample_result(py_sample *self, const py_state *state) {
                  set_item(dict, "error", sample_error(self, state)) ||
                  set_item(dict, "steps", PyLong_FromUnsignedLongLong(self->n_steps)) ||
                  set_item(dict, "drafted", PyLong_FromUnsignedLongLong(self->n_drafted)) ||
-                 set_item(dict, "accepted", PyLong_FromUnsignedLongLong(self->n_accepted)) || set_columns(dict, &self->fresh, self, 0) ||
-                 set_item(dict, "prompt", prompt_result(self))))
+                 set_item(dict, "accepted", PyLong_FromUnsignedLongLong(self->n_accepted)) ||
+                 set_columns(dict, &self->fresh, self, 0) || set_item(dict, "prompt", prompt_result(self))))
         Py_CLEAR(dict);
     return dict;
 }

@@ -34,7 +34,7 @@ typedef struct {
     int ended, taken, lost; /* lost: memory ran out for what it gave */
     rast_error *error;      /* a copy, PyMem_Raw; or NULL */
     py_rows fresh, prompt;
-    size_t n_nets, n_vocab; /* shape of rows */
+    size_t n_nets, n_vocab;                  /* shape of rows */
     uint64_t n_steps, n_drafted, n_accepted; /* steps that drew for it; drafts that they checked, and that stood */
 } py_sample;
 
