@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(THREADS, 2) short_kernel(attention_args a, spl
 }
 
 /* Grid: slots, heads, models. A thread has pairs of dimensions. */
-__global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(attention_args a, split s) {
+__global__ void __launch_bounds__(MERGE_THREADS, 8) merge_kernel(attention_args a, split s) {
     const int32_t *count = ints(a.pass.count), *seg_row = ints(a.pass.seg_row);
     const int32_t slot = static_cast<int32_t>(blockIdx.x), head = static_cast<int32_t>(blockIdx.y), dim = a.head_dim;
     int32_t row = slot, seg;

@@ -25,8 +25,8 @@ enum { RAST_KERNEL_MODELS = 64 };
 void rast_kernel_embed(cudaStream_t, const rast_pass *, const rast_weight *const *w, rast_dev y);
 
 /* norm.cu. See rast_ops.norm. */
-void rast_kernel_norm(cudaStream_t, const rast_pass *, int extent, rast_dev x, rast_dev add, const rast_weight *const *w,
-                      int32_t dim, int32_t group, float eps, rast_dev y, int32_t y_type);
+void rast_kernel_norm(cudaStream_t, const rast_pass *, int extent, rast_dev x, rast_dev add,
+                      const rast_weight *const *w, int32_t dim, int32_t group, float eps, rast_dev y, int32_t y_type);
 
 /* bias.cu. y [n_models, cap_rows, out] float32 += bias[m] of `out` */
 void rast_kernel_bias(cudaStream_t, const rast_pass *, const rast_weight *const *bias, rast_dev y);
@@ -56,10 +56,10 @@ void rast_kernel_convert(cudaStream_t, rast_dev in, int32_t in_type, rast_dev ou
 
 /* transfer.cu: the sum, statistics, processors and draw of rast_ops.combine, for outputs whose logits are there. */
 typedef struct {
-    rast_dev logits;      /* [n_out, stride] float32: the term's own logits, unscaled */
-    size_t stride;        /* floats */
-    int32_t n_rows;       /* ids below this have an embedding row */
-    rast_dev uncommon;    /* [n_uncommon] int32 on the device, sorted */
+    rast_dev logits;   /* [n_out, stride] float32: the term's own logits, unscaled */
+    size_t stride;     /* floats */
+    int32_t n_rows;    /* ids below this have an embedding row */
+    rast_dev uncommon; /* [n_uncommon] int32 on the device, sorted */
     int32_t n_uncommon;
 } rast_transfer_term;
 /* l->terms is not read: `terms` [l->n_terms] stands for it (host array, copied). Outputs first_out .. first_out + n_out - 1

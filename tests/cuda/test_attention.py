@@ -173,6 +173,12 @@ def test_mixed_batch(device: Device, memory: Memory, kind: int) -> None:
     Scene(memory, segments, kind, 16, 4, 2).check(device)
 
 
+@kinds
+def test_short_segments_behind_a_long_one(device: Device, memory: Memory, kind: int) -> None:
+    """Partial results have room for the rows that short segments can have, which are fewer than the pass's."""
+    Scene(memory, [(0, 60), (400, 3), (500, 1)], kind, 16, 4, 2, n_models=2, padding=(0, 0, 0)).check(device)
+
+
 @sixteen
 def test_other_output_type(device: Device, memory: Memory, kind: int) -> None:
     Scene(memory, [(33, 1), (2, 20)], kind, 64, 2, 1, act_type=F32).check(device)
