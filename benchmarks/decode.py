@@ -1,214 +1,83 @@
-"""Decode speed of rast (trio, and base alone) beside HuggingFace's three-model loop and the memory's own speed.
+"""Decoding speed: tokens a second after the prompt, of the trio and of the base alone.
 
-    python benchmarks/decode.py --shape qwen1.5b+0.5b --batch 1 8
-    python benchmarks/decode.py --model smollm2 --json result.json
-
-All contestants take turns in one process, round by round; the table shows medians. See README.md here.
+python benchmarks/decode.py --trio qwen1.5b+0.5b --batch 1 8
+python benchmarks/decode.py --trio smollm2 --bits 8 --json result.json
 """
 
 from __future__ import annotations
 
-import os
 import sys
-
-if "OPENBLAS_CORETYPE" in os.environ:  # it would bind NumPy's BLAS, read at import, to the code of another CPU
-    del os.environ["OPENBLAS_CORETYPE"]
-    os.execv(sys.executable, [sys.executable, *sys.argv])
-
-import argparse
-import gc
-import json
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from models import TRIOS, random_trio, smollm2_gguf
+from contestants import Field, arguments, model_folder, report, save, warn_of_other_work
+from tables import decode_table
+from turns import Contestant, measure
 
-import rast
-from rast.cli.bench import MemoryRead
-
-PROMPT_LENGTH = 32
-MOST_OTHER_WORK = 0.05  # share of the cores beyond which the results are called not comparable
-
-
-def cpu_name() -> str:
-    """The CPU as Linux calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def rast_decode(model: Any, prompts: np.ndarray, tokens: int, **options: Any) -> float:
-    """Tokens a second after the prompt: the time of a long generation less that of one new token."""
-
-    def seconds(n: int) -> float:
-        start = time.perf_counter()
-        out = model.generate(prompts, max_new_tokens=n, do_sample=False, eos_token_id=None, **options)
-        assert out.shape[1] == prompts.shape[1] + n
-        return time.perf_counter() - start
-
-    first = min(seconds(1) for _ in range(2))
-    return len(prompts) * tokens / (seconds(tokens + 1) - first)
-
-
-@torch.inference_mode()
-def hf_decode(models: list[Any], coefficients: list[float], prompts: np.ndarray, tokens: int) -> float:
-    """Tokens a second after the prompt of the usual loop: one cached forward a model, logits added up, argmax."""
-    caches: list[Any] = [None] * len(models)
-    ids = torch.from_numpy(prompts)
-
-    def step() -> torch.Tensor:
-        total = None
-        for i, model in enumerate(models):
-            out = model(ids, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
-            caches[i] = out.past_key_values
-            part = out.logits[:, -1].float() * coefficients[i]
-            total = part if total is None else total + part
-        return total.argmax(dim=-1, keepdim=True)
-
-    ids = step()
-    start = time.perf_counter()
-    for _ in range(tokens):
-        ids = step()
-    return len(prompts) * tokens / (time.perf_counter() - start)
-
-
-class OtherWork:
-    """What share of the machine's CPU time went to other processes (or other virtual machines) since it was made."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        tick = os.sysconf("SC_CLK_TCK")
-        idle = fields[3] + fields[4]
-        return sum(fields) / tick, (sum(fields) - idle) / tick, sum(os.times()[:2])
-
-    def share(self) -> float:
-        total, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
-        return max(0.0, busy - own) / total if total else 0.0
-
-
-def measure(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """`rounds` results each, taking turns; one round before them warms everything up and is not counted."""
-    results: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(rounds + 1):
-        for name, run in contestants.items():
-            value = run()
-            if i:
-                results[name].append(value)
-            print(f"  {'round ' + str(i) if i else 'warm-up'}: {name} {value:.4g}", file=sys.stderr)
-    return results
+PROMPT_TOKENS = 32
+LEAST_AGREEMENT = 0.8  # of first tokens: rounding makes some differ, another computation makes most
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--shape", choices=TRIOS, default="qwen1.5b+0.5b", help="random weights in these shapes")
-    what.add_argument("--model", choices=["smollm2"], help="the real GGUF file as rast's base")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser = arguments(__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32, help="new tokens that are timed")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, help="keep the models there (5 GB for qwen1.5b+0.5b)")
-    parser.add_argument(
-        "--quantization",
-        nargs="+",
-        choices=("int8", "int4", "int4-64"),
-        default=[],
-        help="also rast with these weights",
-    )
-    parser.add_argument("--no-hf", action="store_true", help="leave HuggingFace out")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
+    with model_folder(args) as folder, Field(args, folder) as field:
+        contestants = field.open_all()
+        memory = field.open("memory")
+        assert memory is not None
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
-    shape = args.model or args.shape
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = random_trio(args.folder or Path(scratch), shape)
-        sources = (smollm2_gguf() if args.model else folders[0], *folders[1:])
-        options: dict[str, Any] = dict(device="cpu", dtype="bfloat16", num_threads=args.threads)
-        names = ["none", *args.quantization]  # "none": floats also where the file holds quantized weights
-        trios = {
-            name: rast.RastForCausalLM.from_pretrained(
-                str(sources[0]), expert=str(sources[1]), antiexpert=str(sources[2]), quantization=name, **options
-            )
-            for name in names
-        }
-        hf = []
-        if not args.no_hf:
-            for folder in folders:
-                hf.append(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
-        gc.collect()
-        info = trios["none"].info()
-        weights = {name: [net["weight_bytes"] for net in trio.info()["nets"]] for name, trio in trios.items()}
-        read = MemoryRead(args.threads, repeats=5)
-        report: dict[str, Any] = {
-            "shape": shape,
-            "cpu": cpu_name(),
-            "isa": info["isa"],
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "tokens": args.tokens,
-            "dtype": "bfloat16",
-            "weight_bytes": weights["none"],
-            "quantized_weight_bytes": {name: weights[name] for name in args.quantization},
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rast": rast.__version__,
-            "batches": {},
-        }
-        machine = f"{report['cpu']}, {info['isa']}, {args.threads} threads"
-        print(f"{shape}, bfloat16; {machine}; medians of {args.rounds} rounds")
+        def prompts(batch: int, roles: int) -> Iterator[Any]:
+            """The same for all contestants; others in each round."""
+            rng = np.random.default_rng((batch, roles))
+            while True:
+                yield rng.integers(0, field.vocab_size, (batch, PROMPT_TOKENS))
+
+        batches = {}
         for batch in args.batch:
-            prompts = np.random.default_rng(0).integers(0, info["vocab_size"], (batch, PROMPT_LENGTH))
-            contestants: dict[str, Callable[[], float]] = {"memory read": read}
-            parts = {}  # of each contestant, the bytes of its weights
-            for name, trio in trios.items():
-                suffix = "" if name == "none" else f" {name}"
-                contestants |= {
-                    f"rast trio{suffix}": lambda m=trio, p=prompts: rast_decode(m, p, args.tokens),
-                    f"rast base{suffix}": lambda m=trio, p=prompts: rast_decode(
-                        m, p, args.tokens, transfer_strength=0.0
-                    ),
-                }
-                parts |= {f"rast trio{suffix}": weights[name], f"rast base{suffix}": weights[name][:1]}
-            if hf:
-                contestants["HF trio"] = lambda p=prompts: hf_decode(hf, [1.0, 1.0, -1.0], p, args.tokens)
-                contestants["HF base"] = lambda p=prompts: hf_decode(hf[:1], [1.0], p, args.tokens)
-                parts |= {"HF trio": weights["none"], "HF base": weights["none"][:1]}
-            other_work = OtherWork()
-            results = measure(contestants, args.rounds)
-            others = other_work.share()
-            median = {name: statistics.median(values) for name, values in results.items()}
-            report["batches"][batch] = {"median": median, "all": results, "other_work": others}
-            print(f"\nbatch {batch}; memory read {median['memory read'] / 1e9:.1f} GB/s")
-            print(f"{'':18}{'tokens/s':>10}{'of roofline':>13}{'vs HF':>8}{'vs bf16':>9}")
-            for name in [name for name in contestants if name != "memory read"]:
-                share = median[name] / batch * sum(parts[name]) / median["memory read"]
-                peer = median.get("HF" + name[4:9]) if name.startswith("rast") else None
-                ratio = f"{median[name] / peer:7.2f}×" if peer else ""
-                own = f"{median[name] / median[name[:9]]:7.2f}×" if name[:9] != name else ""
-                print(f"{name:18}{median[name]:10.1f}{share:12.0%} {ratio:>8}{own:>9}")
-            if others > MOST_OTHER_WORK:
-                print(
-                    f"NOT COMPARABLE: other processes took {others:.0%} of the cores; torch suffers most. Run it alone."
-                )
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1))
+            first_ids: dict[str, list[Any]] = {}
+            runs: dict[str, Callable[[], float]] = {"memory": lambda: memory.call("read")}
+            for roles, system in ((3, "trio"), (1, "base")):
+                for name, contestant in contestants.items():
+                    if (name, system) != ("HuggingFace", "base"):
+                        seen = first_ids.setdefault(f"{name} {system}", [])
+                        runs[f"{name} {system}"] = runner(contestant, roles, prompts(batch, roles), args.tokens, seen)
+            other_work = field.other_work()
+            results = measure(runs, args.rounds)
+            share = other_work.share()
+            warn_of_other_work(share)
+            same = agreement(first_ids)
+            batches[str(batch)] = {"results": results, "agreement": same, "other_work": share}
+            for name, value in same.items():
+                if value < LEAST_AGREEMENT:
+                    print(f"{name}: only {value:.0%} of first tokens are as expected", file=sys.stderr)
+        result = report("decode", args, field, prompt_tokens=PROMPT_TOKENS, tokens=args.tokens, batches=batches)
+        save(args.json, result)
+        print(decode_table([result]))
+
+
+def runner(
+    contestant: Contestant, roles: int, prompts: Iterator[Any], tokens: int, seen: list[Any]
+) -> Callable[[], float]:
+    """A run gives tokens a second, and adds the first new tokens to `seen`."""
+
+    def run() -> float:
+        out = contestant.call("generate", next(prompts), tokens, roles)
+        seen.append(out.ids[:, 0])
+        return out.ids.shape[0] * tokens / out.rest
+
+    return run
+
+
+def agreement(first_ids: dict[str, list[Any]]) -> dict[str, float]:
+    """The share of prompts after which a contestant's first token is that of the first contestant with that system."""
+    shares = {}
+    for name, ids in first_ids.items():
+        model = next(other for other in first_ids if other.endswith(name[-4:]))
+        shares[name] = float(np.mean(np.concatenate(ids) == np.concatenate(first_ids[model])))
+    return shares
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from decode import measure, rast_decode
 from models import TRIOS, random_trio
+from turns import measure
 
 import rast
 
@@ -48,6 +48,20 @@ def rast_prefill(model: Any, prompts: np.ndarray, **options: Any) -> float:
     start = time.perf_counter()
     model.generate(prompts, max_new_tokens=1, do_sample=False, eos_token_id=None, **options)
     return prompts.size / (time.perf_counter() - start)
+
+
+def rast_decode(model: Any, prompts: np.ndarray, tokens: int, **options: Any) -> float:
+    """Tokens a second after the prompt: the time of a long generation less that of one new token."""
+
+    def seconds(n: int) -> float:
+        start = time.perf_counter()
+        plain = dict(do_sample=False, eos_token_id=None, num_assistant_tokens=0)
+        out = model.generate(prompts, max_new_tokens=n, **plain, **options)
+        assert out.shape[1] == prompts.shape[1] + n
+        return time.perf_counter() - start
+
+    first = min(seconds(1) for _ in range(2))
+    return len(prompts) * tokens / (seconds(tokens + 1) - first)
 
 
 @torch.inference_mode()

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode import measure
 from models import smollm2_gguf
+from turns import measure
 
 import rast
 
