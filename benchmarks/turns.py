@@ -41,8 +41,8 @@ def _serve(pipe: Connection, kind: str, options: dict[str, Any]) -> None:
             method, args = pipe.recv()
             value = _memory_status("VmHWM") if method == "peak_bytes" else getattr(peer, method)(*args)
             pipe.send(("value", value))
-    except EOFError:
-        pass
+    except (EOFError, BrokenPipeError):
+        pass  # nobody asks any more
     except ImportError as error:
         pipe.send(("missing", str(error)))
     except Exception:

@@ -6,8 +6,10 @@ The peers' batch size is the one that a short trial predicts to be fastest; rast
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from tables import workload_table
 from turns import Contestant, measure
 
 OWN_TOKENS = 32  # of each prompt, after the header
-TRIAL_TOKENS = 5
+TRIAL_STEPS = 4
 BLOCK_TOKENS = 32  # of rast's KV cache
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
@@ -32,6 +34,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="of each prompt")
     parser.add_argument("--header", type=int, default=256, help="tokens that all prompts begin with")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of a sample")
+    parser.add_argument(
+        "--trials", type=Path, metavar="FILE", help="keep the trials there: a later run need not repeat"
+    )
+    parser.add_argument("--only-trials", action="store_true", help="stop after them")
     parser.set_defaults(rounds=1)
     args = parser.parse_args()
     sequences = args.prompts * args.samples
@@ -39,10 +45,10 @@ def main() -> None:
     kv_tokens = args.header + sequences * own
     with model_folder(args) as folder, Field(args, folder, kv_tokens) as field:
 
-        def prompts(seed: int) -> np.ndarray:
+        def prompts(seed: int, n: int = args.prompts, own_tokens: int = OWN_TOKENS) -> np.ndarray:
             rng = np.random.default_rng(seed)
-            header = np.tile(rng.integers(0, field.vocab_size, args.header), (args.prompts, 1))
-            return np.concatenate([header, rng.integers(0, field.vocab_size, (args.prompts, OWN_TOKENS))], 1)
+            header = np.tile(rng.integers(0, field.vocab_size, args.header), (n, 1))
+            return np.concatenate([header, rng.integers(0, field.vocab_size, (n, own_tokens))], 1)
 
         def trial(name: str) -> list[dict[str, Any]]:
             """Predicted seconds of each way to run it, best first. In processes of their own: memory counts later."""
@@ -52,15 +58,13 @@ def main() -> None:
                 if contestant is None:
                     return []
                 for batch in sorted({min(args.samples * n, sequences) for n in (1, 2, 4, 8)}):
-                    part = prompts(0)[: batch // args.samples]
-
-                    def seconds(tokens: int, part: Any = part, batch: int = batch, contestant: Any = contestant) -> Any:
-                        return contestant.call("workload", part, args.header, args.samples, tokens, batch, 0)
-
-                    seconds(1)  # warms up
-                    first = seconds(1)
-                    step = (seconds(1 + TRIAL_TOKENS) - first) / TRIAL_TOKENS
-                    predicted = -(-sequences // batch) * (first + (args.tokens - 1) * step)
+                    part = prompts(0, batch // args.samples)
+                    start = contestant.call("workload", part, args.header, args.samples, 1, batch, 0)[-1]
+                    # Steps as they are half-way: sequences with so many tokens of their own.
+                    part = prompts(0, batch, OWN_TOKENS + args.tokens // 2)
+                    steps = contestant.call("workload", part, args.header, 1, 1 + TRIAL_STEPS, batch, 0)
+                    step = (steps[-1] - steps[0]) / TRIAL_STEPS
+                    predicted = -(-sequences // batch) * (start + (args.tokens - 1) * step)
                     found.append({"options": options, "batch": batch, "seconds": predicted})
                     print(f"  trial: {name} {options} batch {batch}: {predicted:.1f} s", file=sys.stderr)
                 field.close(name)
@@ -72,17 +76,23 @@ def main() -> None:
             def run() -> float:
                 seed = next(seeds)
                 ids = prompts(seed)
-                return contestant.call("workload", ids, args.header, args.samples, args.tokens, batch, seed)
+                return contestant.call("workload", ids, args.header, args.samples, args.tokens, batch, seed)[-1]
 
             return run
 
         trials: dict[str, list[dict[str, Any]]] = {}
+        if args.trials and args.trials.exists():
+            trials = json.loads(args.trials.read_text())
+        for name in args.contestants:
+            if name != "rast" and name not in trials and (found := trial(name)):
+                trials[name] = found
+                save(args.trials, trials)
+        if args.only_trials:
+            return
         runs = {}
         for name in args.contestants:
-            if name != "rast":
-                trials[name] = trial(name)
-                if not trials[name]:
-                    continue
+            if name in field.missing:
+                continue
             best = trials[name][0] if name in trials else {"options": {}, "batch": sequences}
             contestant = field.open(name, **best["options"])
             if contestant is None:

@@ -168,10 +168,14 @@ PEER = {"weight_bytes": [50, 30, 30]}
 @pytest.fixture
 def decode() -> dict[str, Any]:
     def speeds(factor: float) -> dict[str, Any]:
-        trios = {"rast trio": [90.0, 10.0, 9.0], "llama.cpp trio": [4.0], "HuggingFace trio": [5.0]}
-        bases = {"rast base": [20.0], "llama.cpp base": [16.0]}
+        trios = {
+            "rast trio": [90.0, 10.0, 9.0],
+            "llama.cpp trio": [4.0, 4.0, 4.0],
+            "HuggingFace trio": [30.0, 5.0, 6.0],
+        }
+        bases = {"rast base": [20.0, 21.0, 1.0], "llama.cpp base": [16.0, 16.0, 16.0]}
         fast = {name: [factor * value for value in values] for name, values in (trios | bases).items()}
-        return {"results": fast | {"memory": [2400.0]}}
+        return {"results": fast | {"memory": [4800.0, 2400.0, 2400.0]}}
 
     run = RUN | {"benchmark": "decode", "prompt_tokens": 6, "tokens": 8, "batches": {"1": speeds(1), "8": speeds(4)}}
     return run | {"contestants": {"rast": RAST, "llama.cpp": PEER, "HuggingFace": RAST, "memory": {}}}
@@ -180,7 +184,7 @@ def decode() -> dict[str, Any]:
 @pytest.fixture
 def workload() -> dict[str, Any]:
     run = RUN | {"benchmark": "workload", "prompts": 2, "samples": 3, "tokens": 10}
-    seconds = {"rast": [2.0, 6.0, 1.0], "llama.cpp": [5.0]}
+    seconds = {"rast": [2.0, 6.0, 1.0], "llama.cpp": [5.0, 15.0, 4.0]}
     trials = {"llama.cpp": [{"batch": 6, "options": {}, "seconds": 4.0}]}
     peaks = {"rast": 5e9, "llama.cpp": 7e9}
     return run | {

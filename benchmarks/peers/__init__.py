@@ -34,11 +34,11 @@ class Peer(Protocol):
     def steps(self, prompt: Ids, tokens: int, seconds: float, threads: int) -> list[float]:
         """Seconds of each greedy token after the first of prompt [length]; stops after so many tokens or seconds."""
 
-    def workload(self, prompts: Ids, header: int, samples: int, tokens: int, batch: int, seed: int) -> float:
-        """Seconds that `samples` random samples of `tokens` tokens take for each of prompts [n, length].
+    def workload(self, prompts: Ids, header: int, samples: int, tokens: int, batch: int, seed: int) -> list[float]:
+        """Makes `samples` random samples of `tokens` tokens for each of prompts [n, length].
 
-        The first `header` ids of all prompts are the same. At most `batch` sequences, a multiple of `samples`, run at
-        once.
+        Returns the seconds from the start to each step, as far as the contestant shows them, and to the end. The first
+        `header` ids of all prompts are the same. At most `batch` sequences, a multiple of `samples`, run at once.
         """
 
 

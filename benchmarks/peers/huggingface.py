@@ -63,10 +63,11 @@ class HuggingFaceTrio:
         return result
 
     @torch.inference_mode()
-    def workload(self, prompts: Ids, header: int, samples: int, tokens: int, batch: int, seed: int) -> float:
+    def workload(self, prompts: Ids, header: int, samples: int, tokens: int, batch: int, seed: int) -> list[float]:
         """Header and prompts are computed once each; their caches are repeated for what follows them."""
         torch.manual_seed(seed)
         roles, group = len(self._models), batch // samples
+        times = []
         start = time.perf_counter()
         heads: list[Any] = [None] * roles
         self._step(torch.from_numpy(prompts[:1, :header]), heads, roles)
@@ -80,6 +81,7 @@ class HuggingFaceTrio:
                 cache.batch_repeat_interleave(samples)
             for left in range(tokens, 0, -1):
                 ids = torch.multinomial(logits.softmax(-1), 1)
+                times.append(time.perf_counter() - start)
                 if left > 1:
                     logits = self._step(ids, caches, roles)
-        return time.perf_counter() - start
+        return times

@@ -180,10 +180,11 @@ class LlamaCppTrio:
             lib.llama_set_n_threads(context, self._threads, self._threads)
         return result
 
-    def workload(self, prompts: Ids, header: int, samples: int, tokens: int, batch: int, seed: int) -> float:
+    def workload(self, prompts: Ids, header: int, samples: int, tokens: int, batch: int, seed: int) -> list[float]:
         """The header is computed once a group, each prompt once; their cells are shared (or copied, if not unified)."""
         rng = np.random.default_rng(seed)
         length, group, roles = prompts.shape[1], batch // samples, len(self._models)
+        times = []
         start = time.perf_counter()
         for i in range(0, len(prompts), group):
             part = prompts[i : i + group]
@@ -197,11 +198,13 @@ class LlamaCppTrio:
             for first in firsts:
                 self._copy(first, list(range(first + 1, first + samples)), roles)
             ids = draw(logits, rng)
+            times.append(time.perf_counter() - start)
             self._batch.fill(ids[:, None], length, list(range(n)))
             for _ in range(tokens - 1):
                 ids = draw(self._step(n, roles), rng)
                 self._batch.advance(ids)
-        return time.perf_counter() - start
+                times.append(time.perf_counter() - start)
+        return times
 
     def _copy(self, source: int, targets: list[int], roles: int) -> None:
         for context in self._contexts[:roles]:
