@@ -26,7 +26,7 @@ piece() { # name, benchmark, options
 avx2="--isa avx2 ${LLAMA_AVX2:+--llama-library $LLAMA_AVX2}"
 qwen="--trio qwen1.5b+0.5b --tokens 16"
 piece decode-smollm2-bf16 decode --trio smollm2
-piece workload-smollm2 workload --trio smollm2
+piece workload-smollm2 workload --trio smollm2 --trials "$results/workload-smollm2.trials"
 piece decode-qwen-bf16 decode $qwen
 piece prefill-smollm2 prefill --trio smollm2
 piece prefill-qwen prefill --trio qwen1.5b+0.5b
