@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from tables import Report, decode_rows, title, weights
+from tables import Report, decode_rows, number, title, weights
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -16,23 +16,26 @@ COLOURS = {"rast": "#1f6f8b", "llama.cpp": "#e08e45", "HuggingFace": "#9a9a9a"}
 
 
 def draw_decode(reports: list[Report], path: Path) -> None:
-    """Decoding of the trios: tokens a second for each batch size, and what reading memory alone would allow."""
-    figure, grid = plt.subplots(1, len(reports), figsize=(3 * len(reports), 3.4), layout="constrained", squeeze=False)
-    for axes, report in zip(grid[0], reports, strict=True):
+    """Decoding of the trios for each batch size: the share of the memory's read speed, with tokens a second above."""
+    columns = min(len(reports), 3)
+    size = (3.2 * columns, 2.8 * -(-len(reports) // columns))
+    figure, grid = plt.subplots(-(-len(reports) // columns), columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(reports) :]:
+        axes.set_visible(False)
+    for axes, report in zip(grid.flat, reports, strict=False):
         rows = [row for row in decode_rows(report) if row["name"] == "rast"]
         for i, (name, colour) in enumerate(COLOURS.items()):
-            places = [x + (i - 1) * 0.27 for x, row in enumerate(rows) if row[name]]
-            bars = axes.bar(places, [row[name] for row in rows if row[name]], 0.25, color=colour, label=name)
-            axes.bar_label(bars, fmt="{:,.3g}", fontsize=7)
-        for x, row in enumerate(rows):
-            roof = row["rast"] / row["rast share"]
-            axes.plot([x - 0.42, x + 0.42], [roof, roof], "k:", label=None if x else "memory read")
+            shown = [(x, row) for x, row in enumerate(rows) if row[name]]
+            places, shares = [x + (i - 1) * 0.27 for x, _ in shown], [100 * row[f"{name} share"] for _, row in shown]
+            bars = axes.bar(places, shares, 0.25, color=colour, label=name)
+            axes.bar_label(bars, [number(row[name]) for _, row in shown], fontsize=7)
         axes.set_xticks(range(len(rows)), [f"batch {row['batch']}" for row in rows])
-        axes.set_yscale("log")
+        axes.set_ylim(0, 115)
+        axes.axhline(100, color="black", linestyle=":", linewidth=1)
         axes.set_title(f"{title(report)}\n{weights(report)}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_ylabel("tokens/s")
-    grid[0][0].legend(fontsize=7, frameon=False)
+    grid[0][0].set_ylabel("% of the memory's read speed\n(above the bars: tokens/s)", fontsize=8)
+    grid[0][0].legend(fontsize=7, frameon=False, loc="upper right", bbox_to_anchor=(1.05, 0.95))
     _save(figure, path)
 
 
