@@ -159,12 +159,12 @@ def workload_table(reports: list[Report]) -> str:
 
 
 def busy_table(reports: list[Report]) -> str:
-    """Speeds in steps a second, over all steps."""
+    """Speeds in steps a second: of each round's steps together, then the rounds' median."""
     rows = []
     for report in reports:
         for name, cases in report["step_seconds"].items():
             every = {case: [step for run in runs for step in run] for case, runs in cases.items()}
-            speed = {case: 1 / (sum(steps) / len(steps)) for case, steps in every.items()}
+            speed = {case: median([len(run) / sum(run) for run in runs]) for case, runs in cases.items()}
             columns = [speed.get(case) for case in ("quiet", "busy", "busy, one thread")]
             busy = "did not finish" if name in report["did_not_finish"] else number(columns[1])
             longest = f"{max(every['busy']) / statistics.median(every['busy']):.1f} ×" if "busy" in every else "–"

@@ -236,7 +236,7 @@ def test_busy_table() -> None:
     steps = {"quiet": [[0.1, 0.1]], "busy": [[0.2, 0.2, 0.8]], "busy, one thread": [[0.25], [0.35]]}
     run = RUN | {"contestants": {}, "did_not_finish": {"b": "…"}, "step_seconds": {"a": steps, "b": {}}}
     _, _, a, b = map(cells, busy_table([run]).splitlines())
-    assert a[2:] == ["a", "10.0", "2.50", "3.33", "0.75 ×", "4.0 ×"]
+    assert a[2:] == ["a", "10.0", "2.50", "3.43", "0.73 ×", "4.0 ×"]
     assert b[2:] == ["b", "–", "did not finish", "–", "–", "–"]
 
 
