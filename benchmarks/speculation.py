@@ -95,17 +95,17 @@ def make_models(root: Path, size: float, noise: float) -> tuple[Path, Path, Path
 
 
 class Decoder:
-    """Tokens a second of one way to decode, after the prompts; and what became of its drafts."""
+    """Tokens a second of one way to decode, after the prompts; and what became of its drafts. prompts: batches."""
 
-    def __init__(self, model: rast.RastForCausalLM, prompts: list[Any], tokens: int, **options: Any):
+    def __init__(self, model: rast.RastForCausalLM, prompts: list[list[Any]], tokens: int, **options: Any):
         self.model, self.prompts, self.tokens, self.options = model, prompts, tokens, options
         self.counts = dict.fromkeys(COUNTS, 0)
 
-    def _seconds(self, prompt: Any, n: int) -> float:
+    def _seconds(self, prompt: list[Any], n: int) -> float:
         before = self.model.cache_info()
         start = time.perf_counter()
         out = self.model.generate(prompt, max_new_tokens=n, eos_token_id=None, **self.options)
-        assert out.shape[1] == len(prompt) + n
+        assert out.shape[1] == max(map(len, prompt)) + n
         seconds = time.perf_counter() - start
         after = self.model.cache_info()
         for name in COUNTS:
@@ -132,7 +132,7 @@ class Decoder:
     def __call__(self) -> float:
         """Of all prompts together."""
         seconds = sum(self._seconds(p, self.tokens + 1) - self._seconds(p, 1) for p in self.prompts)
-        return len(self.prompts) * self.tokens / seconds
+        return sum(map(len, self.prompts)) * self.tokens / seconds
 
 
 def main() -> None:
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.05, help="strength of the added layers")
     parser.add_argument("--folder", type=Path, required=True, help="the models are kept there")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", nargs="*", default=["auto"], help="numbers of drafts to measure, or auto")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1 (default: greedy)")
@@ -158,16 +159,20 @@ def main() -> None:
         for text in PROMPTS
     ]
     how: dict[str, Any] = {"do_sample": args.sample, "seed": 0, "top_k": 0} if args.sample else {"do_sample": False}
+    batches = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
+    if args.batch > len(prompts):
+        batches = [[prompts[i % len(prompts)] for i in range(args.batch)]]
     contestants = {
-        "base alone": Decoder(model, prompts, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
-        "plain": Decoder(model, prompts, args.tokens, num_assistant_tokens=0, **how),
+        "base alone": Decoder(model, batches, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
+        "plain": Decoder(model, batches, args.tokens, num_assistant_tokens=0, **how),
     }
     for k in args.drafts:
         number = k if k == "auto" else int(k)
-        contestants[f"drafts {k}"] = Decoder(model, prompts, args.tokens, num_assistant_tokens=number, **how)
+        contestants[f"drafts {k}"] = Decoder(model, batches, args.tokens, num_assistant_tokens=number, **how)
     results = measure(dict(contestants), args.rounds)
     median = {name: statistics.median(values) for name, values in results.items()}
-    print(f"\nbase {args.size:g} × the small model, {'sampled' if args.sample else 'greedy'}, batch 1")
+    how_drawn = "sampled" if args.sample else "greedy"
+    print(f"\nbase {args.size:g} × the small model, {how_drawn}, batch {args.batch}")
     columns = ("tokens/s", "vs plain", "predicted", "vs base", "acceptance", "tokens/step", "drafting")
     print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
     base_bytes, small_bytes = (net["weight_bytes"] for net in model.info()["nets"][:2])
@@ -182,7 +187,9 @@ def main() -> None:
         )
         report[name] = {"tokens_per_s": results[name], "acceptance": decoder.acceptance, **counts}
     if args.json:
-        args.json.write_text(json.dumps({"size": args.size, "sample": args.sample, "results": report}, indent=1))
+        args.json.write_text(
+            json.dumps({"size": args.size, "batch": args.batch, "sample": args.sample, "results": report}, indent=1)
+        )
 
 
 if __name__ == "__main__":
