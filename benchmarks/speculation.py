@@ -1,4 +1,4 @@
-"""Speculative transfer beside plain transfer and beside the base alone, at batch 1.
+"""Speculative transfer beside plain transfer and beside the base alone.
 
     python benchmarks/speculation.py --size 5 --folder models
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from decode import measure
+from gpu_costs import TRIOS
 from models import smollm2_gguf
 
 import rast
@@ -94,6 +95,30 @@ def make_models(root: Path, size: float, noise: float) -> tuple[Path, Path, Path
     return base, expert, antiexpert
 
 
+def best_drafts(base: float, small: float, acceptance: float) -> tuple[int, float]:
+    """(k, speed-up over plain transfer) of the best number of drafts, where a pass takes the bytes of its weights."""
+
+    def gain(k: int) -> float:
+        tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
+        return tokens * (base + 2 * small) / (base + small + (k + 1) * small)
+
+    return max(((k, gain(k)) for k in range(1, 13)), key=lambda found: found[1])
+
+
+def print_table() -> None:
+    """Predictions for pairs of real sizes, as Markdown."""
+    shares = (0.6, 0.7, 0.8, 0.9)
+    print("| base + pair | " + " | ".join(f"a = {a:g}" for a in shares) + " |")
+    print("|---|" + "---:|" * len(shares))
+    for base, small in TRIOS:
+        plain = (base.weight_bytes + 2 * small.weight_bytes) / base.weight_bytes
+        cells = []
+        for a in shares:
+            k, gain = best_drafts(base.weight_bytes, small.weight_bytes, a)
+            cells.append(f"{gain:.2f} × ({gain / plain:.2f} ×), k = {k}")
+        print(f"| {base.name} + 2 × {small.name} | " + " | ".join(cells) + " |")
+
+
 class Decoder:
     """Tokens a second of one way to decode, after the prompts; and what became of its drafts. prompts: batches."""
 
@@ -139,14 +164,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=5, help="cost of the base in small models")
     parser.add_argument("--noise", type=float, default=0.05, help="strength of the added layers")
-    parser.add_argument("--folder", type=Path, required=True, help="the models are kept there")
+    parser.add_argument("--folder", type=Path, help="the models are kept there")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1, help="sequences at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", nargs="*", default=["auto"], help="numbers of drafts to measure, or auto")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1 (default: greedy)")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", action="store_true", help="only print the predictions for larger models")
     args = parser.parse_args()
+    if args.table:
+        print_table()
+        return
+    if not args.folder:
+        parser.error("--folder is needed")
     base, expert, antiexpert = make_models(args.folder, args.size, args.noise)
     model = rast.RastForCausalLM.from_pretrained(base, expert=expert, antiexpert=antiexpert, device="cpu")
     assert model.tokenizer is not None
