@@ -52,7 +52,9 @@ def rast_decode(model: Any, prompts: np.ndarray, tokens: int, **options: Any) ->
 
     def seconds(n: int) -> float:
         start = time.perf_counter()
-        out = model.generate(prompts, max_new_tokens=n, do_sample=False, eos_token_id=None, **options)
+        out = model.generate(
+            prompts, max_new_tokens=n, do_sample=False, eos_token_id=None, num_assistant_tokens=0, **options
+        )
         assert out.shape[1] == prompts.shape[1] + n
         return time.perf_counter() - start
 
