@@ -25,6 +25,7 @@ help:
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 C_FILES := $(shell find csrc tests/c examples/c -name '*.[ch]' -o -name '*.inc')
+FORMATTED := $(shell find csrc kernels tests/c tests/cuda tests/cuda_emulation examples/c -name '*.[ch]' -o -name '*.cu' -o -name '*.cc')
 PACKAGE := setup.py pyproject.toml $(filter csrc/%,$(C_FILES))
 
 $(BIN)/python:
@@ -64,7 +65,7 @@ bench-full: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(C_FILES))
+	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 # The C programs check for leaks themselves; Python is not leak-free by itself.

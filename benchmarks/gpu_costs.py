@@ -9,13 +9,19 @@ once. tests/cuda/test_costs.py compares those of our own kernels with the transa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from textwrap import fill
 
 BLOCK_TOKENS = 32
-SECTOR = 32  # bytes: the unit in which device memory is read and written
-DRAWN_BYTES = 24  # rast_drawn
+CHUNK, MAX_CHUNKS = 256, 64  # of split attention: positions at least, and how many at most
+SHORT_SEGMENT = 8  # rows of a segment that the kernel for decoding takes
+QUERIES = 64  # of a block of the kernel for prefill: rows times heads of a group
+UNIT, RECORD_BYTES = 512, 48  # of the transfer's sweep: ids, and what it notes of them
+DRAW_BYTES, DRAWN_BYTES = 72, 24  # rast_draw, rast_drawn
+LOGITS_BYTES = 128 << 20  # that one call of the transfer step reads at most
+FINISH_WARPS = 16  # of the second kernel of the transfer, for each output
+SECTOR = 32  # bytes: the least that device memory reads or writes
 
 
 @dataclass(frozen=True)
@@ -68,18 +74,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a step."""
+    """One kernel, or one call of cuBLAS, of a step."""
 
     op: str
-    read: int
+    read: int  # bytes of device memory, each once
     written: int
     flops: int
+    again: int = 0  # bytes that are asked for once more, and that a cache has
     cublas: bool = False
 
     @property
     def bytes(self) -> int:
         """Read and written."""
         return self.read + self.written
+
+    def batched(self, n: int) -> Launch:
+        """The same for n models of equal shapes, as one launch."""
+        return replace(self, read=n * self.read, written=n * self.written, flops=n * self.flops, again=n * self.again)
 
 
 QWEN_1_5B = Net("Qwen2.5-1.5B", 28, 1536, 12, 2, 8960, 151936, tied=True)
@@ -96,42 +107,102 @@ DEVICES = (
 )
 
 
+def bucket(n: int) -> int:
+    """The capacity that the engine gives n rows, outputs or tokens: graphs are kept by capacities."""
+    return 1 << (n - 1).bit_length()
+
+
 def embed(rows: int, net: Net) -> Launch:
-    """Rows of the table, to float32."""
-    return Launch("embed", rows * (net.hidden * net.act + 4), rows * net.hidden * 4, 0)
+    """Rows of the table, to float32; every warp, which has 128 values, looks up its token."""
+    looked_up = 2 * SECTOR * rows * ceil(net.hidden / 128)
+    return Launch("embed", rows * (net.hidden * net.act + 4), rows * net.hidden * 4, 0, again=looked_up)
 
 
 def norm(rows: int, dim: int, group: int, act: int, *, add: bool) -> Launch:
     """RMSNorm of float32 rows; with `add`, the residual stream is read, added to and written back."""
     values = rows * dim
     return Launch(
-        "norm", values * (8 if add else 4) + group * act, values * (act + (4 if add else 0)), values * (5 if add else 4)
+        "norm",
+        values * (8 if add else 4) + group * act,
+        values * (act + (4 if add else 0)),
+        values * (5 if add else 4),
+        again=(values - group) * act,
     )
 
 
-def product(rows: int, out: int, in_: int, act: int) -> Launch:
+def product(what: str, rows: int, out: int, in_: int, act: int) -> Launch:
     """A cuBLAS product: weights and inputs of `act` bytes, float32 results."""
-    return Launch("product", act * in_ * (out + rows), 4 * rows * out, 2 * rows * out * in_, cublas=True)
+    return Launch(f"product, {what}", act * in_ * (out + rows), 4 * rows * out, 2 * rows * out * in_, cublas=True)
 
 
 def bias(rows: int, out: int, act: int) -> Launch:
     """Added in place to the float32 results of a product."""
-    return Launch("bias", 4 * rows * out + act * out, 4 * rows * out, rows * out)
+    return Launch("bias", 4 * rows * out + act * out, 4 * rows * out, rows * out, again=act * out * (rows - 1))
 
 
 def rope_kv(rows: int, net: Net) -> Launch:
-    """Rotates q in place; k, rotated, and v go to the cache."""
+    """Rotates q in place; k, rotated, and v go to the cache. Rows of sequences of different lengths.
+
+    A token's K lies in pieces of 16 bytes among those of other tokens, so that half of each sector is written. Each
+    warp, which has 256 values, looks up its row, reads its angles in two turns that touch the same sectors, and for
+    the cache finds the block.
+    """
     q, kv = net.heads * net.head_dim, net.kv_heads * net.head_dim
+    keys = kv * net.act * (SECTOR // 16)
     table = 4 * net.head_dim * rows
-    return Launch("rope_kv", rows * 4 * (q + 2 * kv) + table, rows * (4 * q + 2 * net.act * kv), rows * 3 * (q + kv))
+    looked_up = 2 * SECTOR * rows * (ceil((q + 2 * kv) / 256) + ceil(2 * kv / 256))
+    return Launch(
+        "rope_kv",
+        rows * 4 * (q + 2 * kv) + table,
+        rows * (4 * q + keys + net.act * kv),
+        rows * 3 * (q + kv),
+        again=table * (2 * ceil((q + kv) / 256) - 1) + looked_up,
+    )
 
 
-def attention(contexts: list[int], net: Net) -> Launch:
-    """Decoding: one row a sequence, which reads all its keys and values once for the heads of a group."""
+def attention(contexts: list[int], net: Net) -> Iterator[Launch]:
+    """Decoding: one row a sequence, whose keys and values the heads of a group read together.
+
+    Long contexts are split over blocks, which leave float32 partial results that a second kernel merges. A pass that
+    could hold long segments, going by its capacity, launches the kernel for these too; it finds none.
+    """
     q, kv = net.heads * net.head_dim, net.kv_heads * net.head_dim
     keys, rows = sum(contexts), len(contexts)
+    most, chunk = bucket(max(contexts)), CHUNK
+    while ceil(most / chunk) > MAX_CHUNKS:
+        chunk *= 2
     tables = 4 * sum(ceil(context / BLOCK_TOKENS) for context in contexts)
-    return Launch("attention", 2 * net.act * kv * keys + 4 * q * rows + tables, net.act * q * rows, 4 * q * keys)
+    read, out = 2 * net.act * kv * keys + 4 * q * rows + tables, net.act * q * rows
+    if most <= chunk:
+        yield Launch("attention", read, out, 4 * q * keys)
+    else:
+        chunks = sum(ceil(context / chunk) for context in contexts)
+        partial = 4 * net.heads * (net.head_dim + 2) * chunks
+        yield Launch("attention", read, partial, 4 * q * keys, again=4 * q * (chunks - rows))
+        # both warps read a chunk's maximum and sum for themselves, and what says which rows are theirs
+        again = SECTOR * net.heads * ((6 + 2 * ceil(net.head_dim / 64)) * chunks + 10 * rows)
+        yield Launch("merge", partial, out, 2 * q * chunks, again=again)
+    if bucket(rows) > SHORT_SEGMENT:
+        yield Launch("prefill", 4 * (rows + 2), 0, 0)
+
+
+def prefill(before: int, rows: int, net: Net) -> Launch:
+    """Attention of one segment's rows behind `before` keys on tensor cores: each tile of queries reads its keys.
+
+    Outputs are stored in half sectors, two after each other.
+    """
+    q, kv, group = net.heads * net.head_dim, net.kv_heads * net.head_dim, net.heads // net.kv_heads
+    ends = [
+        before + (min(end, rows * group) - 1) // group + 1 for end in range(QUERIES, rows * group + QUERIES, QUERIES)
+    ]
+    keys = before + rows
+    return Launch(
+        "prefill",
+        2 * net.act * kv * keys + 4 * q * rows,
+        net.act * q * rows,
+        4 * q * sum(range(before + 1, keys + 1)),
+        again=2 * net.act * kv * (sum(ends) - keys) + net.act * q * rows,
+    )
 
 
 def glu(rows: int, net: Net) -> Launch:
@@ -144,39 +215,81 @@ def gather(outs: int, net: Net) -> Launch:
     return Launch("gather", 8 * outs * net.hidden, 4 * outs * net.hidden, outs * net.hidden)
 
 
-def transfer(outs: int, vocab: int, terms: int) -> Launch:
-    """Greedy or plain sampling: every term's logits once."""
-    return Launch("transfer", 4 * outs * vocab * terms, outs * DRAWN_BYTES, outs * vocab * (2 * terms + 8))
+def saved(outs: int, vocab: int) -> Launch:
+    """Logits that were kept from drafting, to their place among the others; every warp looks up the row."""
+    return Launch("saved", 4 * outs * vocab + 4 * outs, 4 * outs * vocab, 0, again=SECTOR * outs * ceil(vocab / 32))
 
 
-def forward(net: Net, contexts: list[int]) -> Iterator[Launch]:
-    """The launches of csrc/model/forward.c for a decode step, one row a sequence, and the product with the head."""
+def copy_blocks(blocks: int, net: Net) -> Launch:
+    """KV blocks of all layers, when sequences that shared one part."""
+    moved = blocks * BLOCK_TOKENS * net.kv_token_bytes
+    return Launch("copy_blocks", moved, moved, 0)
+
+
+def convert(n: int, from_bytes: int, to_bytes: int) -> Launch:
+    """Weights of another type than the activations', once, when they are loaded."""
+    return Launch("convert", n * from_bytes, n * to_bytes, 0)
+
+
+def transfer(outs: int, vocab: int, terms: int) -> Iterator[Launch]:
+    """Greedy or plain sampling: a sweep that reads every term's logits once, and a second kernel for what it noted."""
+    records = RECORD_BYTES * outs * ceil(vocab / UNIT)
+    options = outs * (DRAW_BYTES + 4 * terms)
+    yield Launch("transfer", 4 * outs * vocab * terms + options, records, outs * vocab * (2 * terms + 8))
+    # five fields of each record are read one after the other, and all warps of an output read its options
+    fields = outs * ceil(vocab / UNIT) * (5 * SECTOR - RECORD_BYTES)
+    again = fields + SECTOR * outs * FINISH_WARPS * (3 + terms) - options
+    yield Launch("finish", records + options, outs * DRAWN_BYTES, 0, again=again)
+
+
+def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
+    """Products with the heads and the transfer step, in pieces that its room for logits holds (ops.c)."""
+    vocab, outs = nets[0].vocab, bucket(outs)
+    piece = max(LOGITS_BYTES // (4 * len(nets) * ceil(vocab / 4) * 4), 1)
+    for first in range(0, outs, piece):
+        n = min(piece, outs - first)
+        for net in nets:
+            yield product("head", n, min(net.vocab, vocab), net.hidden, net.act)
+        yield from transfer(n, vocab, len(nets))
+
+
+def forward(net: Net, contexts: list[int], n_models: int = 1) -> Iterator[Launch]:
+    """The launches of csrc/model/forward.c for a decode step, one row a sequence, of models of equal shapes."""
+    return (launch.batched(n_models) for launch in forward_one(net, contexts))
+
+
+def forward_one(net: Net, contexts: list[int]) -> Iterator[Launch]:
+    """The same, of one model."""
     rows, q, kv = len(contexts), net.heads * net.head_dim, net.kv_heads * net.head_dim
+    capacity = bucket(rows)
     yield embed(rows, net)
     for layer in range(net.layers):
         yield norm(rows, net.hidden, net.hidden, net.act, add=layer > 0)
-        for out in (q, kv, kv):
-            yield product(rows, out, net.hidden, net.act)
+        for what, out in (("q", q), ("k or v", kv), ("k or v", kv)):
+            yield product(what, capacity, out, net.hidden, net.act)
             if net.qkv_bias:
                 yield bias(rows, out, net.act)
         yield rope_kv(rows, net)
-        yield attention(contexts, net)
-        yield product(rows, net.hidden, q, net.act)
+        yield from attention(contexts, net)
+        yield product("o", capacity, net.hidden, q, net.act)
         yield norm(rows, net.hidden, net.hidden, net.act, add=True)
-        yield product(rows, net.inter, net.hidden, net.act)
-        yield product(rows, net.inter, net.hidden, net.act)
+        yield product("gate or up", capacity, net.inter, net.hidden, net.act)
+        yield product("gate or up", capacity, net.inter, net.hidden, net.act)
         yield glu(rows, net)
-        yield product(rows, net.hidden, net.inter, net.act)
+        yield product("down", capacity, net.hidden, net.inter, net.act)
     yield gather(rows, net)
     yield norm(rows, net.hidden, net.hidden, net.act, add=False)
-    yield product(rows, net.vocab, net.hidden, net.act)
+
+
+def streams(base: Net, small: Net, contexts: list[int]) -> tuple[list[Launch], list[Launch], list[Launch]]:
+    """A decode step of a trio: the base's pass, the pair's beside it, and the transfer after both."""
+    after = combine([base, small, small], len(contexts))
+    return list(forward(base, contexts)), list(forward(small, contexts, 2)), list(after)
 
 
 def step(base: Net, small: Net, contexts: list[int]) -> list[Launch]:
-    """A decode step of base, expert and antiexpert."""
-    nets = (base, small, small)
-    launches = [launch for net in nets for launch in forward(net, contexts)]
-    return [*launches, transfer(len(contexts), base.vocab, len(nets))]
+    """All of that."""
+    return [launch for stream in streams(base, small, contexts) for launch in stream]
 
 
 def seconds(launches: list[Launch], device: Device) -> float:
@@ -223,7 +336,7 @@ def step_table(batch: int) -> str:
     for base, small in TRIOS:
         contexts = [CONTEXT] * batch
         launches = step(base, small, contexts)
-        alone = [*forward(base, contexts), transfer(batch, base.vocab, 1)]
+        alone = [*forward(base, contexts), *combine([base], batch)]
         bounds = []
         for device in DEVICES:
             fits = base.stored_bytes + 2 * small.stored_bytes < device.memory
@@ -234,7 +347,7 @@ def step_table(batch: int) -> str:
                 f"{base.name} + 2 × {small.name}",
                 f"{sum(launch.bytes for launch in launches) / 1e9:.1f} GB",
                 f"{sum(launch.flops for launch in launches) / 1e9:.0f} G",
-                str(len(launches)),
+                " + ".join(str(len(stream)) for stream in streams(base, small, contexts)),
                 *bounds,
             ]
         )
@@ -267,26 +380,47 @@ def kernel_table(base: Net, small: Net, batch: int, device: Device) -> str:
     return table(["kernel", "launches", "bytes", "share", "each, by bytes", "each, by operations", "bound by"], rows)
 
 
+def other_table(net: Net, device: Device) -> str:
+    """Kernels that a plain decode step does not have."""
+    rows = []
+    for what, launch in (
+        ("attention of 512 tokens behind 512, a layer", prefill(512, 512, net)),
+        ("a copied KV block, all layers", copy_blocks(1, net)),
+        ("an output's logits, kept from drafting", saved(1, net.vocab)),
+        ("a float32 matrix of the MLP, converted", convert(net.hidden * net.inter, 4, 2)),
+    ):
+        by_bytes, by_flops = launch.bytes / device.bandwidth, launch.flops / device.flops
+        bound = "memory" if by_bytes >= by_flops else "arithmetic"
+        times = [f"{1e6 * time:.2f} µs" for time in (by_bytes, by_flops)]
+        rows.append(
+            [f"{launch.op}: {what}", f"{launch.bytes / 1e6:.1f} MB", f"{launch.again / 1e6:.1f} MB", *times, bound]
+        )
+    return table(["kernel", "bytes", "from the cache", "by bytes", "by operations", "bound by"], rows)
+
+
 def page() -> str:
     """The whole document."""
     base, small = TRIOS[0]
-    sheets = ", ".join(f"{d.name} {d.bandwidth / 1e12:.2f} TB/s, {d.flops / 1e12:.0f} TFLOP/s" for d in DEVICES)
-    launches = len(step(base, small, [CONTEXT]))
+    sheets = "; ".join(f"{d.name} {d.bandwidth / 1e12:.2f} TB/s, {d.flops / 1e12:.0f} TFLOP/s" for d in DEVICES)
+    of_base, of_pair, after = (len(stream) for stream in streams(base, small, [CONTEXT]))
+    longest = max(of_base, of_pair) + after
     parts = [
         "# What a step costs on a GPU",
         paragraph(f"""
             A model of the CUDA backend, not a measurement: `python benchmarks/gpu_costs.py` computes it from the
             shapes of the models, the arrays that each kernel takes (`kernels/kernels.h`) and the data sheets'
             bandwidth and bf16 speed ({sheets}). All is bfloat16, with float32 activations between kernels where the
-            op table says so. The bytes of our own kernels agree with the transactions counted under emulation
-            (`tests/cuda/test_costs.py`)."""),
+            op table says so. The bytes of our own kernels and the number of launches agree with what is counted
+            under emulation (`tests/cuda/test_costs.py`)."""),
         "## Memory",
         "Weights as stored, and how many tokens of keys and values fit beside them (5 % of the device left free).",
         memory_table(),
         "## A decode step",
         paragraph(f"""
-            Every sequence has {CONTEXT} tokens of context. Bytes are read and written; launches as the forward pass
-            makes them, each network by itself. For each device the most tokens a second that bandwidth and
+            Every sequence has {CONTEXT} tokens of context. Bytes are those that device memory reads and writes.
+            Launches: the base's pass + the pair's, which runs beside it on a stream of its own, expert and antiexpert
+            as one pass + the products with the heads and the transfer, after both; a call of cuBLAS counts as one,
+            though it may launch several kernels. For each device the most tokens a second that bandwidth and
             arithmetic allow, all sequences together, and in brackets for the base alone; – where one device is too
             small."""),
     ]
@@ -297,11 +431,20 @@ def page() -> str:
         paragraph(f"""
             {base.name} + 2 × {small.name} on an {DEVICES[1].name}. A kernel is called bound by latency where its
             bytes and operations take less than {1e6 * LAUNCH_SECONDS:.0f} µs, about what a node of a replayed graph
-            costs by itself. Those {launches} nodes one after the other would add {
-            1e3 * LAUNCH_SECONDS * launches:.1f} ms to a step."""),
+            costs by itself. The longest way through the step has {longest} nodes, which by that figure take {
+            1e3 * LAUNCH_SECONDS * longest:.1f} ms. Long contexts are split over blocks, whose partial results `merge`
+            puts together; `prefill` is launched where a pass has more than {SHORT_SEGMENT} rows, and finds nothing to
+            do; `finish` draws from what `transfer` found."""),
     ]
     for batch in BATCHES:
         parts += [f"Batch {batch}:", kernel_table(base, small, batch, DEVICES[1])]
+    parts += [
+        "## Other kernels",
+        paragraph(f"""
+            Of {base.name} on an {DEVICES[1].name}. Tiles of queries read the same keys and values one after the
+            other, mostly from the cache."""),
+        other_table(base, DEVICES[1]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

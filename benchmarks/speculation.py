@@ -1,4 +1,4 @@
-"""Speculative transfer beside plain transfer and beside the base alone, at batch 1.
+"""Speculative transfer beside plain transfer and beside the base alone.
 
     python benchmarks/speculation.py --size 5 --folder models
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_costs import TRIOS
 from models import smollm2_gguf
 from turns import measure
 
@@ -94,18 +95,42 @@ def make_models(root: Path, size: float, noise: float) -> tuple[Path, Path, Path
     return base, expert, antiexpert
 
 
-class Decoder:
-    """Tokens a second of one way to decode, after the prompts; and what became of its drafts."""
+def best_drafts(base: float, small: float, acceptance: float) -> tuple[int, float]:
+    """(k, speed-up over plain transfer) of the best number of drafts, where a pass takes the bytes of its weights."""
 
-    def __init__(self, model: rast.RastForCausalLM, prompts: list[Any], tokens: int, **options: Any):
+    def gain(k: int) -> float:
+        tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
+        return tokens * (base + 2 * small) / (base + small + (k + 1) * small)
+
+    return max(((k, gain(k)) for k in range(1, 13)), key=lambda found: found[1])
+
+
+def print_table() -> None:
+    """Predictions for pairs of real sizes, as Markdown."""
+    shares = (0.6, 0.7, 0.8, 0.9)
+    print("| base + pair | " + " | ".join(f"a = {a:g}" for a in shares) + " |")
+    print("|---|" + "---:|" * len(shares))
+    for base, small in TRIOS:
+        plain = (base.weight_bytes + 2 * small.weight_bytes) / base.weight_bytes
+        cells = []
+        for a in shares:
+            k, gain = best_drafts(base.weight_bytes, small.weight_bytes, a)
+            cells.append(f"{gain:.2f} × ({gain / plain:.2f} ×), k = {k}")
+        print(f"| {base.name} + 2 × {small.name} | " + " | ".join(cells) + " |")
+
+
+class Decoder:
+    """Tokens a second of one way to decode, after the prompts; and what became of its drafts. prompts: batches."""
+
+    def __init__(self, model: rast.RastForCausalLM, prompts: list[list[Any]], tokens: int, **options: Any):
         self.model, self.prompts, self.tokens, self.options = model, prompts, tokens, options
         self.counts = dict.fromkeys(COUNTS, 0)
 
-    def _seconds(self, prompt: Any, n: int) -> float:
+    def _seconds(self, prompt: list[Any], n: int) -> float:
         before = self.model.cache_info()
         start = time.perf_counter()
         out = self.model.generate(prompt, max_new_tokens=n, eos_token_id=None, **self.options)
-        assert out.shape[1] == len(prompt) + n
+        assert out.shape[1] == max(map(len, prompt)) + n
         seconds = time.perf_counter() - start
         after = self.model.cache_info()
         for name in COUNTS:
@@ -132,20 +157,27 @@ class Decoder:
     def __call__(self) -> float:
         """Of all prompts together."""
         seconds = sum(self._seconds(p, self.tokens + 1) - self._seconds(p, 1) for p in self.prompts)
-        return len(self.prompts) * self.tokens / seconds
+        return sum(map(len, self.prompts)) * self.tokens / seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=5, help="cost of the base in small models")
     parser.add_argument("--noise", type=float, default=0.05, help="strength of the added layers")
-    parser.add_argument("--folder", type=Path, required=True, help="the models are kept there")
+    parser.add_argument("--folder", type=Path, help="the models are kept there")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", nargs="*", default=["auto"], help="numbers of drafts to measure, or auto")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1 (default: greedy)")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", action="store_true", help="only print the predictions for larger models")
     args = parser.parse_args()
+    if args.table:
+        print_table()
+        return
+    if not args.folder:
+        parser.error("--folder is needed")
     base, expert, antiexpert = make_models(args.folder, args.size, args.noise)
     model = rast.RastForCausalLM.from_pretrained(base, expert=expert, antiexpert=antiexpert, device="cpu")
     assert model.tokenizer is not None
@@ -158,16 +190,20 @@ def main() -> None:
         for text in PROMPTS
     ]
     how: dict[str, Any] = {"do_sample": args.sample, "seed": 0, "top_k": 0} if args.sample else {"do_sample": False}
+    batches = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
+    if args.batch > len(prompts):
+        batches = [[prompts[i % len(prompts)] for i in range(args.batch)]]
     contestants = {
-        "base alone": Decoder(model, prompts, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
-        "plain": Decoder(model, prompts, args.tokens, num_assistant_tokens=0, **how),
+        "base alone": Decoder(model, batches, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
+        "plain": Decoder(model, batches, args.tokens, num_assistant_tokens=0, **how),
     }
     for k in args.drafts:
         number = k if k == "auto" else int(k)
-        contestants[f"drafts {k}"] = Decoder(model, prompts, args.tokens, num_assistant_tokens=number, **how)
+        contestants[f"drafts {k}"] = Decoder(model, batches, args.tokens, num_assistant_tokens=number, **how)
     results = measure(dict(contestants), args.rounds)
     median = {name: statistics.median(values) for name, values in results.items()}
-    print(f"\nbase {args.size:g} × the small model, {'sampled' if args.sample else 'greedy'}, batch 1")
+    how_drawn = "sampled" if args.sample else "greedy"
+    print(f"\nbase {args.size:g} × the small model, {how_drawn}, batch {args.batch}")
     columns = ("tokens/s", "vs plain", "predicted", "vs base", "acceptance", "tokens/step", "drafting")
     print(f"{'':12}" + "".join(f"{column:>12}" for column in columns))
     base_bytes, small_bytes = (net["weight_bytes"] for net in model.info()["nets"][:2])
@@ -182,7 +218,9 @@ def main() -> None:
         )
         report[name] = {"tokens_per_s": results[name], "acceptance": decoder.acceptance, **counts}
     if args.json:
-        args.json.write_text(json.dumps({"size": args.size, "sample": args.sample, "results": report}, indent=1))
+        args.json.write_text(
+            json.dumps({"size": args.size, "batch": args.batch, "sample": args.sample, "results": report}, indent=1)
+        )
 
 
 if __name__ == "__main__":

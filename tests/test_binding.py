@@ -112,6 +112,7 @@ def test_model_describes_itself(model: _core.Model) -> None:
         "name": "net 0",
         "weight_bytes": 4 * n,
         "n_parameters": n,
+        "device_bytes": 0,
         "kv_bytes_per_token": 2 * 4 * LAYERS * KV_HEADS * HEAD_DIM,
         "dtype": "float32",
         "vocab_size": VOCAB,

@@ -131,7 +131,7 @@ def test_info(trio: tuple[Path, Path, Path], roles: list[str]) -> None:
     for word in ("Qwen2ForCausalLM", "base", "expert", "antiexpert", "float32", "weights", "KV per token", "threads"):
         assert word in result.stdout
     facts = json.loads(run("info", *roles, "--json").stdout)
-    model = load_rast(*trio)
+    model = load_rast(*trio, device="auto")
     assert facts == json.loads(json.dumps(model.info()))
     assert [net["roles"] for net in facts["nets"]] == [["base"], ["expert"], ["antiexpert"]]
     assert facts["isa"] in result.stdout

@@ -286,6 +286,8 @@ if FLAVOUR == "count":
         assert (c.load_requests, c.load_sectors, c.load_bytes) == (n // 32, n, 4 * n)
         c = counted(cuda, "strided", lambda: cuda.lib.launch_strided(x, y, n, 0))
         assert (c.load_requests, c.load_sectors, c.distinct_load_sectors) == (n // 32, n // 32, 1)
+        c = counted(cuda, "rows", lambda: cuda.lib.launch_rows(x, y, n, 5))
+        assert (c.load_requests, c.load_sectors, c.load_bytes) == (5 * n // 32, 5 * n // 8, 20 * n)
         c = counted(cuda, "vector", lambda: cuda.lib.launch_vector(x, y, n))
         assert (c.load_requests, c.load_sectors, c.load_bytes) == (n // 128, n // 8, 4 * n)
         assert (c.store_requests, c.store_sectors, c.store_bytes) == (n // 128, n // 8, 4 * n)
@@ -307,6 +309,7 @@ REPORTED = {  # name → flavours, and what they must say
             "warp_race",
             "shuffle_race",
             "other_warp",
+            "later_warp",
             "grid_race",
             "grid_barrier_race",
             "fence",
@@ -323,6 +326,7 @@ REPORTED = {  # name → flavours, and what they must say
     "device_on_host": (["count"], "host code touches device memory"),
     "product_bounds": (["plain"], "cublasSgemm reads bytes 0 to 80 of an allocation of 76 bytes"),
     "ended_barrier": (["plain", "address", "thread"], "divergent barrier: 40 of 64 threads .* 24 threads have ended"),
+    "begun_barrier": (["plain"], "divergent barrier: 40 of 64 threads .* 24 threads have ended"),
     "two_barriers": (["plain", "thread"], "divergent barrier"),
     "ended_lane": (["plain"], "names lanes that have ended|the thread has ended, but lanes wait for it"),
     "unnamed_lane": (["plain"], "reads lane 16, which its mask 0x0000ffff does not name"),

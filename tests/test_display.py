@@ -540,7 +540,7 @@ def test_the_tokenizer_stays_out_of_fields_pickles_and_copies() -> None:
     names = [field.name for field in dataclasses.fields(out)]
     assert names == [
         *("sequences", "new_lengths", "finish_reason", "logprob", "base_logprob", "base_token", "transfer_kl", "seed"),
-        *("scores", "logits"),
+        *("scores", "logits", "steps", "drafted", "accepted"),
     ]
     assert list(dataclasses.asdict(out)) == names
     for other in (pickle.loads(pickle.dumps(out)), copy.copy(out), copy.deepcopy(out)):

@@ -180,6 +180,19 @@ def test_numbers_that_are_none(text_trio: dict[str, Any], value: Any) -> None:
         model.generate(np.arange(3), max_new_tokens=2, num_assistant_tokens=value)
 
 
+@pytest.mark.parametrize("vocab", [N_TEXT_TOKENS, 100_000])
+@pytest.mark.parametrize("want", [False, True])
+def test_bytes_of_drafts_are_bounded(zoo: ModelZoo, vocab: int, want: bool) -> None:
+    """60 times 8 rows of 100,000 logits are more than 128 MiB: some drafts have to wait. All of them stand."""
+    base, expert = (zoo.folder("qwen2", seed=s, vocab_size=vocab, num_hidden_layers=1) for s in (0, 1))
+    model = load_rast(base, expert, base)
+    prompts = random_prompts(60, N_TEXT_TOKENS, seed=6, low=2, high=4)
+    model.generate(prompts, max_new_tokens=9, num_assistant_tokens=7, return_dict_in_generate=True, output_scores=want)
+    info = model.cache_info()
+    assert info["drafted"] == info["accepted"] > 0
+    assert (info["steps"] > 2) == (vocab > N_TEXT_TOKENS)  # the prompts, and one for all drafts if there is room
+
+
 def test_more_drafts_than_room(text_trio: dict[str, Any]) -> None:
     """The context's end, the last token, and more drafts than a step has rows."""
     model = load_rast(**text_trio, max_context=40, max_batch_rows=8)

@@ -104,7 +104,7 @@ def test_stream_that_does_not_fit_fails_at_the_call(zoo: ModelZoo) -> None:
     assert not model._engine.busy  # type: ignore[union-attr]
     model.stream(np.arange(20), max_new_tokens=40)  # nobody reads it
     assert not model._engine.busy  # type: ignore[union-attr]
-    assert len(list(model.stream(np.arange(20), max_new_tokens=40))) == 40
+    assert sum(map(len, model.stream(np.arange(20), max_new_tokens=40))) == 40
 
 
 def test_a_stream_that_is_dropped_ends_at_once(model: Any) -> None:
@@ -127,7 +127,7 @@ def test_streamer_protocol(model: Any) -> None:
     out = model.generate(np.arange(5), streamer=recorder, **OPTIONS)
     np.testing.assert_array_equal(recorder.puts[0], np.arange(5)[None])
     np.testing.assert_array_equal(np.concatenate(recorder.puts[1:]), out[0, 5:])
-    assert len(recorder.puts) == 21 and recorder.ended == 1
+    assert len(recorder.puts) <= 21 and recorder.ended == 1  # a step may give several
     with pytest.raises(ValueError, match="streamer"):
         model.generate(np.zeros((2, 3), dtype=int), streamer=Recorder(), **OPTIONS)
 

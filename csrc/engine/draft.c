@@ -8,7 +8,7 @@
  */
 #include "engine.h"
 
-enum { GRAM_MOST = 4, GRAM_LEAST = 2 };
+enum { GRAM_MOST = 4, GRAM_LEAST = 2, MAX_ROW_BYTES = 128 << 20 /* of logits in one step, for drafts */ };
 
 static int has(uint64_t mask, int32_t net) { return mask >> net & 1; }
 
@@ -25,6 +25,15 @@ static size_t most_drafts(const rast_engine *e, const rast_sample *s) {
     if (k > most_new - n_new - 1) k = most_new - n_new - 1;
     if (n_new < job->transfer_start && k > job->transfer_start - n_new - 1) k = job->transfer_start - n_new - 1;
     return k;
+}
+
+size_t rast_draft_rows(const rast_engine *e) { return MAX_ROW_BYTES / ((size_t)e->model->n_vocab * sizeof(float)); }
+
+/* Rows of logits that each of the sample's drafts adds to what the step gives back. */
+static size_t rows_wanted(const rast_engine *e, const rast_sample *s) {
+    const uint32_t want = s->job->want;
+    return (want & RAST_WANT_LOGITS ? 1u : 0u) + (want & RAST_WANT_SCORES ? 1u : 0u) +
+           (want & RAST_WANT_COMPONENTS ? (size_t)e->model->n_nets : 0u);
 }
 
 /* Blocks for k drafts, or for as many as there is room for: for drafts nobody gives way. */
@@ -91,37 +100,58 @@ static int draw_drafts(rast_engine *e, int32_t net, uint32_t most, rast_error *e
     return RAST_OK;
 }
 
-int rast_draft(rast_engine *e, rast_error *err) {
-    size_t spare = (size_t)e->max_rows > e->n_running ? (size_t)e->max_rows - e->n_running : 0, n_saved = 0;
-    uint32_t most[RAST_MAX_NETS] = {0};
+static void drop_drafts(rast_engine *e) {
     for (size_t i = 0; i < e->n_running; i++) {
         e->running[i]->n_draft = 0;
         e->running[i]->draft_net = 0;
         e->running[i]->looked_up = 0;
     }
+}
+
+int rast_draft(rast_engine *e, rast_error *err) {
+    size_t spare = (size_t)e->max_rows > e->n_running ? (size_t)e->max_rows - e->n_running : 0, n_saved = 0;
+    size_t room = rast_draft_rows(e);
+    uint32_t most[RAST_MAX_NETS] = {0};
+    int begins = 0;
+    drop_drafts(e);
     rast_pace_choose(e);
+    for (size_t i = 0; i < e->n_running; i++) begins |= !rast_sample_n_new(e->running[i]);
+    if (begins) spare /= 2; /* the rest is for prompts */
     for (size_t i = 0; i < e->n_running; i++) {
         rast_sample *s = e->running[i];
         const int32_t net = rast_sample_n_new(s) < s->job->transfer_start ? 0 : s->job->draft_net;
+        const size_t wanted = rows_wanted(e, s);
         size_t k = most_drafts(e, s);
         if (k > spare) k = spare;
+        if (wanted && k > room / wanted) k = room / wanted;
         if (!k) continue;
         if (e->drafter) {
             ask_drafter(e, s, k);
         } else {
             look_up(e, s, rast_pace_grams(e, s, net, k));
             s->looked_up = s->n_draft > 0;
-            if (!s->n_draft && (k = take_blocks(e, s, rast_pace_drafts(e, s, net, k))) > 0) {
+            if (s->n_draft) k = 0;
+            k = rast_pace_drafts(e, s, net, k);
+            const size_t fit = room ? (room - 1) / (wanted + 1) : 0;
+            if (k > fit) k = fit;
+            k = take_blocks(e, s, k);
+            if (k) {
                 s->draft_net = net;
                 s->n_draft = (uint32_t)k;
                 s->first_saved = (int32_t)n_saved;
                 n_saved += k + 1;
+                room -= k + 1;
                 if (most[net] < k) most[net] = (uint32_t)k;
             }
         }
         spare -= s->n_draft;
+        room -= s->n_draft * wanted;
     }
     int status = n_saved ? rast_save_drafts(e, n_saved, err) : RAST_OK;
+    if (status == RAST_ERR_MEMORY) { /* drafts can be done without */
+        drop_drafts(e);
+        return RAST_OK;
+    }
     for (int32_t net = 1; net < e->model->n_nets && status == RAST_OK; net++)
         if (most[net]) status = draw_drafts(e, net, most[net], err);
     for (size_t i = 0; i < e->n_running; i++)

@@ -189,13 +189,20 @@ typedef struct { /* an array on the device and its copy here, grown as wanted */
 
 /* ---- pace.c: how many drafts pay ----------------------------------------------------------------------------------- */
 
-enum { RAST_PACE_MOST = 12, RAST_PACE_WIDTHS = 24 };
+enum { RAST_PACE_MOST = 12, RAST_PACE_WIDTHS = 24, RAST_PACE_SETS = 4 };
 typedef enum { RAST_PACE_PLAIN = 0, RAST_PACE_DRAFT = 1, RAST_PACE_CHECK = 2, RAST_PACE_KINDS } rast_pace_kind;
 typedef struct {
+    uint64_t nets;                                    /* that take part in the steps' draws */
+    uint64_t used;                                    /* when */
     float seconds[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* of a step, by rows; 0: not measured */
-    float n_stood[2], n_tried[2];                     /* of drafts from a net, from earlier ids */
-    uint32_t k, grams;                                /* how many a sample takes in this step */
-    uint32_t since_plain, since_draft;                /* steps */
+} rast_costs;
+typedef struct {
+    rast_costs costs[RAST_PACE_SETS];
+    int32_t set;                       /* whose costs are this step's */
+    uint64_t n_steps;                  /* chosen for */
+    float n_stood[2], n_tried[2];      /* of drafts from a net, from earlier ids */
+    uint32_t k, grams;                 /* how many a sample takes in this step */
+    uint32_t since_plain, since_draft; /* steps */
 } rast_pace;
 
 struct rast_engine {
@@ -262,15 +269,17 @@ int rast_admit(rast_engine *e, rast_error *err);
 void rast_commit(rast_engine *e, rast_sample *s);
 
 /* draft.c: guesses of what follows, before a step checks them. */
+/* Rows of logits that drafts may add to a step. */
+size_t rast_draft_rows(const rast_engine *e);
 int rast_draft(rast_engine *e, rast_error *err);
 
 /* pace.c. Chooses for the coming step; then how many drafts of those k a sample takes from earlier ids, and from a net. */
 void rast_pace_choose(rast_engine *e);
 size_t rast_pace_grams(const rast_engine *e, const rast_sample *s, int32_t net, size_t k);
 size_t rast_pace_drafts(const rast_engine *e, const rast_sample *s, int32_t net, size_t k);
-/* What the plan's run took; and what became of a sample's drafts when n tokens stand. */
+/* What the plan's run took; and what became of a sample's drafts when n tokens stand; ended: the last of them is its end. */
 void rast_pace_time(rast_engine *e, double seconds);
-void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n);
+void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n, int ended);
 /* The most drafts that a sample of the job can ever have. */
 static inline int32_t rast_most_drafts(const rast_job *job) {
     const int32_t most = job->n_draft < 0 ? RAST_PACE_MOST : job->n_draft;
@@ -281,7 +290,7 @@ static inline int32_t rast_most_drafts(const rast_job *job) {
 int rast_plan_draft(rast_engine *e, int32_t net, uint32_t j, rast_error *err);
 /* Chooses the rows of every running sample, fills plan and arena (offsets only). Changes nothing of a sample but its plan. */
 int rast_plan_step(rast_engine *e, rast_error *err);
-/* Room for n rows of logits in `saved`; what was there is gone. */
+/* Room for n rows of logits in `saved`, n at most rast_draft_rows; what was there is gone. */
 int rast_save_drafts(rast_engine *e, size_t n, rast_error *err);
 /* Records what the plan says and runs it; results, rows and so on are on the host afterwards. */
 int rast_run_plan(rast_engine *e, rast_error *err);

@@ -15,6 +15,7 @@ enum {
 static const float WORTH = 1.02f;        /* drafts have to gain so much */
 static const float FIRST[] = {.7f, .4f}; /* acceptance while nothing is known: from a net, from earlier ids */
 static const float FORGET = .97f;
+static const float UNSURE = 1.5f; /* a step that takes so much less than is known */
 
 /* ---- what steps take ----------------------------------------------------------------------------------------------- */
 
@@ -30,7 +31,7 @@ static size_t width_of(size_t rows) {
 /* Seconds of a step of so many rows. Where it was not measured: between its neighbours; beyond them the nearest, so that an
  * unknown width looks cheap and is tried. 0: nothing was measured. */
 static float cost(const rast_pace *p, rast_pace_kind kind, size_t rows) {
-    const float *seconds = p->seconds[kind];
+    const float *seconds = p->costs[p->set].seconds[kind];
     const size_t at = width_of(rows);
     size_t lo = at, hi = at;
     while (lo > 0 && seconds[lo] == 0) lo--;
@@ -39,6 +40,19 @@ static float cost(const rast_pace *p, rast_pace_kind kind, size_t rows) {
     if (lo == hi) return seconds[at];
     const float share = (float)(WIDTH[at] - WIDTH[lo]) / (float)(WIDTH[hi] - WIDTH[lo]);
     return seconds[lo] + share * (seconds[hi] - seconds[lo]);
+}
+
+/* A step of the base alone says nothing about one of all nets: the costs of the last few sets are kept, each apart. */
+static void find_costs(rast_engine *e) {
+    rast_pace *p = &e->pace;
+    uint64_t nets = 0;
+    int32_t i = 0, oldest = 0;
+    for (size_t j = 0; j < e->n_running; j++) nets |= rast_sample_draw_mask(e->running[j]);
+    for (; i < RAST_PACE_SETS && p->costs[i].nets != nets; i++)
+        if (p->costs[i].used < p->costs[oldest].used) oldest = i;
+    p->set = i < RAST_PACE_SETS ? i : oldest;
+    if (i == RAST_PACE_SETS) p->costs[oldest] = (rast_costs){.nets = nets};
+    p->costs[p->set].used = ++p->n_steps;
 }
 
 void rast_pace_time(rast_engine *e, double seconds) {
@@ -54,9 +68,15 @@ void rast_pace_time(rast_engine *e, double seconds) {
         rows += n;
     }
     if (!rows) return;
-    float *known = &e->pace.seconds[kind][width_of(rows)];
+    float *known = &e->pace.costs[e->pace.set].seconds[kind][width_of(rows)];
     const float now = (float)seconds;
-    *known = *known == 0 ? now : *known + .2f * (fminf(now, 2 * *known) - *known); /* a disturbance counts little */
+    if (*known > 0 && *known <= UNSURE * now) {
+        *known += .2f * (fminf(now, 2 * *known) - *known); /* a disturbance counts little */
+        return;
+    }
+    *known = now; /* the first, or what was known was disturbed */
+    /* all else is compared with the plain step: while its cost is not sure, another one */
+    if (kind == RAST_PACE_PLAIN && rows == e->n_running) e->pace.since_plain = PLAIN_AGAIN;
 }
 
 /* ---- what becomes of drafts ------------------------------------------------------------------------------------------ */
@@ -69,10 +89,10 @@ static float of_all(const rast_pace *p, int looked_up) {
     return acceptance(p->n_stood[looked_up], p->n_tried[looked_up], FIRST[looked_up], 2);
 }
 
-void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n) {
+void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n, int ended) {
     rast_pace *p = &e->pace;
     if (!s->n_draft) return;
-    const float stood = (float)(n - 1), tried = stood + (n - 1 < s->n_draft ? 1 : 0);
+    const float stood = (float)(n - 1), tried = stood + (!ended && n - 1 < s->n_draft ? 1 : 0);
     const int from = s->looked_up;
     p->n_stood[from] = p->n_stood[from] * FORGET + stood;
     p->n_tried[from] = p->n_tried[from] * FORGET + tried;
@@ -107,6 +127,7 @@ static uint32_t choose_net(const rast_engine *e, size_t n, size_t n_net, float *
     uint32_t best = 0;
     *rate = plain;
     for (uint32_t k = 1; k <= RAST_PACE_MOST && n + n_net * k <= (size_t)e->max_rows; k++) {
+        if (n_net * (k + 1) > rast_draft_rows(e)) break;
         const float drafts = cost(p, RAST_PACE_DRAFT, n_net) * (float)(k + 1);
         const float now = tokens_of_all(e, k) / (drafts + cost(p, RAST_PACE_CHECK, n + n_net * k));
         if (now > *rate && now > plain * WORTH) *rate = now, best = k;
@@ -122,8 +143,9 @@ void rast_pace_choose(rast_engine *e) {
         n_net += is_auto(e->running[i]) && e->running[i]->job->draft_net;
     }
     p->k = p->grams = 0;
+    find_costs(e);
     if (!n_auto) return;
-    if (p->since_plain >= PLAIN_AGAIN || cost(p, RAST_PACE_PLAIN, n) == 0) {
+    if (p->since_plain >= PLAIN_AGAIN || p->costs[p->set].seconds[RAST_PACE_PLAIN][width_of(n)] == 0) {
         p->since_plain = 0;
         return;
     }

@@ -350,7 +350,10 @@ static int run_plan(rast_engine *e, rast_error *err) {
 }
 
 int rast_save_drafts(rast_engine *e, size_t n, rast_error *err) {
-    return ensure_rows(e, &e->saved, n, (size_t)e->model->n_vocab, err);
+    const size_t most = rast_draft_rows(e);
+    size_t rows = 1;
+    while (rows < n) rows *= 2; /* grows seldom: devices drop their graphs when memory is released */
+    return ensure_rows(e, &e->saved, rows < most ? rows : most, (size_t)e->model->n_vocab, err);
 }
 
 int rast_run_plan(rast_engine *e, rast_error *err) {

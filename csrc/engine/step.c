@@ -171,7 +171,7 @@ static rast_finish collect_draws(rast_engine *e, rast_sample *s) {
         c->scores = (const float *)e->scores.host + (size_t)s->first_scores * (size_t)e->model->n_vocab;
     c->finish = finish;
     c->n_drafted = s->n_draft;
-    rast_pace_learn(e, s, n);
+    rast_pace_learn(e, s, n, finish != RAST_RUNNING);
     return finish;
 }
 

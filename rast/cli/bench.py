@@ -105,7 +105,7 @@ def _measure(model: rast.RastForCausalLM, batch: int, prompt: int, new: int, rou
     def seconds(n_new: int, **options: Any) -> float:
         ids = rng.integers(0, n_ids, (batch, prompt))  # fresh ones: nothing of them is cached
         start = time.perf_counter()
-        model.generate(ids, max_new_tokens=n_new, do_sample=False, eos_token_id=None, **options)
+        model.generate(ids, max_new_tokens=n_new, do_sample=False, eos_token_id=None, num_assistant_tokens=0, **options)
         return time.perf_counter() - start
 
     has_pairs = len(model.transfer_strength) > 0

@@ -11,6 +11,7 @@ enum { MAX_NEW = 48, MAX_SAMPLES = 3, MANY_NETS = 11 };
 /* ---- a device whose n-th call fails ------------------------------------------------------------------------------------ */
 
 static long calls, fails_at; /* fails_at -1: never */
+static int alloc_failed;
 
 static int fails(rast_error *err) {
     if (calls++ != fails_at) return 0;
@@ -20,7 +21,9 @@ static int fails(rast_error *err) {
 
 static int failing_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_error *err) {
     *out = 0;
-    return fails(err) ? RAST_ERR_MEMORY : rast_cpu_ops.alloc(ctx, bytes, kind, out, err);
+    if (!fails(err)) return rast_cpu_ops.alloc(ctx, bytes, kind, out, err);
+    alloc_failed = 1;
+    return RAST_ERR_MEMORY;
 }
 
 static int failing_submit(rast_queue *q, rast_event *event, rast_error *err) {
@@ -122,6 +125,7 @@ typedef struct {
 
 static int32_t prompt[N_REQUESTS][120];
 static const size_t n_prompt[N_REQUESTS] = {70, 64, 90, 1, 75};
+static int32_t n_draft; /* of every request; one of them has no net that could draw them */
 
 static void add_requests(rast_engine *e) {
     static const float coef[N_REQUESTS][N_NETS] = {{1, 1, -1}, {1, 1, -1}, {1, 0, 0}, {1, 1, 0}, {1, 1, -1}};
@@ -143,6 +147,8 @@ static void add_requests(rast_engine *e) {
                                              .suppress = &suppressed,
                                              .n_suppress = i == 3},
                                 .stop = {.max_new = i == 4 ? 1 : MAX_NEW - 6 * (int32_t)i},
+                                .n_draft = n_draft,
+                                .draft_net = 1,
                                 .want = i == 4 ? RAST_WANT_PROMPT | RAST_WANT_LOGPROBS | RAST_WANT_LOGITS : 0};
         CHECK(!rast_engine_add(e, &r, NULL, &err), "%s", err.message);
     }
@@ -174,7 +180,7 @@ static void run(rast_model *m, size_t n_blocks, long n, outcome *out) {
     fails_at = -1;
     CHECK(!rast_engine_new(m, &budget, &e, &err), "%s", err.message);
     add_requests(e);
-    calls = 0;
+    calls = alloc_failed = 0;
     fails_at = n;
     while (rast_engine_busy(e)) {
         const rast_chunk *chunks;
@@ -269,6 +275,30 @@ static void test_budgets(rast_model *m) {
     m->ops = before;
 }
 
+/* A run with room for all, and one in which samples give way to others: their tokens, whatever fails. */
+static void test_failures(rast_model *m, const outcome *want, outcome *got) {
+    run(m, 200, -1, got);
+    const long n_roomy = calls;
+    CHECK(!memcmp(got->s, want->s, sizeof got->s), "%d drafts give other tokens", n_draft);
+    CHECK((got->info.accepted > 0 && got->info.rejected > 0 && got->info.draft_steps > 0) == (n_draft > 0), "drafts");
+    run(m, 6, -1, got);
+    const long n_tight = calls;
+    long n_without = 0; /* memory for drafts failed: the step goes on without */
+    CHECK(got->info.preempted > 0 && got->info.evicted > 0, "a tight run preempts and evicts");
+    CHECK(!memcmp(got->s, want->s, sizeof got->s), "a tight run gives other tokens");
+    for (long n = 0; n < n_tight; n++) {
+        run(m, 6, n, got);
+        n_without += alloc_failed && !got->n_failures;
+        CHECK(got->n_failures == 1 || alloc_failed, "call %ld did not fail the step", n);
+        CHECK(!memcmp(got->s, want->s, sizeof got->s), "other tokens after call %ld failed", n);
+    }
+    CHECK((n_without > 0) == (n_draft > 0), "%ld failures did not show, with %d drafts", n_without, n_draft);
+    for (long n = 0; n < n_roomy; n += 9) {
+        run(m, 200, n, got);
+        CHECK(!memcmp(got->s, want->s, sizeof got->s), "other tokens after call %ld failed", n);
+    }
+}
+
 int main(void) {
     weights w[N_NETS];
     for (int i = 0; i < N_NETS; i++) make_weights(&w[i]);
@@ -285,21 +315,8 @@ int main(void) {
             prompt[i][j] = (int32_t)((j < 50 ? j * j : j * j + i * 7) % VOCAB);
 
     run(m, 200, -1, roomy);
-    const long n_roomy = calls;
     CHECK(roomy->info.preempted == 0 && roomy->info.reused > 0, "a roomy run reuses and preempts nobody");
-    run(m, 6, -1, got);
-    const long n_tight = calls;
-    CHECK(got->info.preempted > 0 && got->info.evicted > 0, "a tight run preempts and evicts");
-    CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "a tight run gives other tokens");
-    for (long n = 0; n < n_tight; n++) {
-        run(m, 6, n, got);
-        CHECK(got->n_failures == 1, "call %ld did not fail the step", n);
-        CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "other tokens after call %ld failed", n);
-    }
-    for (long n = 0; n < n_roomy; n += 9) {
-        run(m, 200, n, got);
-        CHECK(!memcmp(got->s, roomy->s, sizeof got->s), "other tokens after call %ld failed", n);
-    }
+    for (n_draft = 0; n_draft <= 4; n_draft += 4) test_failures(m, roomy, got);
     test_budgets(m);
     test_many_sets_of_nets(w);
     free(roomy);

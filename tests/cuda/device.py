@@ -68,7 +68,7 @@ class RastPass(ctypes.Structure):
         *((name, I32) for name in ("n_models", "cap_rows", "cap_segs", "cap_out", "cap_ctx", "act_type")),
         *((name, U64) for name in ("count", "token", "drawn", "pos", "row_seg", "seg_row", "seg_ctx", "block_table")),
         ("table_stride", I32),
-        *((name, U64) for name in ("prefix_group", "prefix_blocks", "out_row")),
+        *((name, U64) for name in ("prefix_blocks", "out_row")),
     )
 
 

@@ -44,7 +44,8 @@ typedef struct {
 void cuda_emulation_alive(cuda_emulation_alive_t *);
 
 /* What kernels did to global memory (flavour SANITIZE=count; elsewhere only launches, blocks and threads are counted). A
- * request is one instruction of one warp; its sectors are the distinct aligned 32 bytes that its lanes touch. */
+ * request is one instruction of one warp; its sectors are the distinct aligned 32 bytes that its lanes touch. A product of
+ * cuBLAS counts as one launch, under the name of the function, and as nothing else. */
 typedef struct {
     uint64_t launches, blocks, threads;
     uint64_t load_requests, load_sectors, load_bytes; /* bytes: what the lanes asked for */

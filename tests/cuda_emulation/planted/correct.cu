@@ -117,6 +117,14 @@ __global__ void strided_kernel(const float *in, float *out, int stride) {
     out[i] = in[(size_t)i * (size_t)stride];
 }
 
+// Column sums of in [rows, gridDim.x * blockDim.x].
+__global__ void rows_kernel(const float *in, float *out, int rows) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    float sum = 0.0f;
+    for (int r = 0; r < rows; r++) sum += in[(size_t)r * gridDim.x * blockDim.x + i];
+    out[i] = sum;
+}
+
 __global__ void vector_kernel(const float4 *in, float4 *out) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     out[i] = in[i];
@@ -177,6 +185,9 @@ void launch_copy(const float *in, float *out, int n, dim3 *grid, dim3 *block, cu
 }
 void launch_strided(const float *in, float *out, int n, int stride) {
     RAST_LAUNCH(strided_kernel, n / 64, 64, 0, nullptr, in, out, stride);
+}
+void launch_rows(const float *in, float *out, int n, int rows) {
+    RAST_LAUNCH(rows_kernel, n / 64, 64, 0, nullptr, in, out, rows);
 }
 void launch_vector(const float *in, float *out, int n) {
     RAST_LAUNCH(vector_kernel, n / 256, 64, 0, nullptr, reinterpret_cast<const float4 *>(in),

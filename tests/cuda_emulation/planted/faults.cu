@@ -71,6 +71,16 @@ __global__ void other_warp_kernel(int *out, bool right) {
 }
 void other_warp(bool right) { RAST_LAUNCH(other_warp_kernel, 1, 64, 0, nullptr, device<int>(64), right); }
 
+// Nor does the second warp's, coming after the first's, order anything between the two.
+__global__ void later_warp_kernel(int *out, bool right) {
+    __shared__ int tile[32];
+    if (threadIdx.x < 32) tile[threadIdx.x] = (int)threadIdx.x;
+    __syncwarp();
+    if (right) __syncthreads();
+    if (threadIdx.x >= 32) out[threadIdx.x] = tile[threadIdx.x - 32]; // FAULT later_warp
+}
+void later_warp(bool right) { RAST_LAUNCH(later_warp_kernel, 1, 64, 0, nullptr, device<int>(64), right); }
+
 // Blocks write the same element.
 __global__ void grid_race_kernel(int *out, bool right) {
     out[right ? blockIdx.x : 0] = (int)blockIdx.x; // FAULT grid_race
@@ -256,6 +266,11 @@ __global__ void ended_barrier_kernel(int n) {
     __syncthreads(); // FAULT ended_barrier
 }
 void ended_barrier(bool right) { RAST_LAUNCH(ended_barrier_kernel, 1, 64, 0, nullptr, right ? 64 : 40); }
+__global__ void begun_barrier_kernel(int n) {
+    if ((int)threadIdx.x < n) return;
+    __syncthreads(); // FAULT begun_barrier
+}
+void begun_barrier(bool right) { RAST_LAUNCH(begun_barrier_kernel, 1, 64, 0, nullptr, right ? 0 : 24); }
 __global__ void two_barriers_kernel(bool right) {
     if (right || threadIdx.x < 32)
         __syncthreads(); // FAULT two_barriers
@@ -299,13 +314,14 @@ const struct {
     const char *name;
     void (*run)(bool right);
 } programs[] = {
-    FAULT(block_race),     FAULT(missing_barrier), FAULT(warp_race),           FAULT(shuffle_race),
-    FAULT(other_warp),     FAULT(grid_race),       FAULT(grid_barrier_race),   FAULT(fence),
-    FAULT(missing_event),  FAULT(graph_race),      FAULT(host_race),           FAULT(read_bounds),
-    FAULT(write_bounds),   FAULT(freed),           FAULT(fixed_shared),        FAULT(dynamic_shared),
-    FAULT(alignment),      FAULT(host_pointer),    FAULT(hidden_host_pointer), FAULT(device_on_host),
-    FAULT(product_bounds), FAULT(ended_barrier),   FAULT(two_barriers),        FAULT(ended_lane),
-    FAULT(unnamed_lane),   FAULT(not_in_mask),     FAULT(different),           FAULT(fragment),
+    FAULT(block_race),          FAULT(missing_barrier), FAULT(warp_race),      FAULT(shuffle_race),
+    FAULT(other_warp),          FAULT(later_warp),      FAULT(begun_barrier),  FAULT(grid_race),
+    FAULT(grid_barrier_race),   FAULT(fence),           FAULT(missing_event),  FAULT(graph_race),
+    FAULT(host_race),           FAULT(read_bounds),     FAULT(write_bounds),   FAULT(freed),
+    FAULT(fixed_shared),        FAULT(dynamic_shared),  FAULT(alignment),      FAULT(host_pointer),
+    FAULT(hidden_host_pointer), FAULT(device_on_host),  FAULT(product_bounds), FAULT(ended_barrier),
+    FAULT(two_barriers),        FAULT(ended_lane),      FAULT(unnamed_lane),   FAULT(not_in_mask),
+    FAULT(different),           FAULT(fragment),
 };
 
 } // namespace

@@ -31,6 +31,13 @@ std::vector<std::unique_ptr<Kernel>> &kernels() {
 
 Kernel *kernel;
 
+Kernel *kernel_named(const std::string &name) {
+    for (auto &k : kernels())
+        if (k->name == name) return k.get();
+    kernels().emplace_back(new Kernel{name, {}});
+    return kernels().back().get();
+}
+
 #ifdef EMULATION_COUNT
 
 enum Kind { LOAD, STORE, ATOMIC };
@@ -156,13 +163,7 @@ int add_image(dl_phdr_info *info, size_t, void *wanted) {
 } // namespace
 
 void count_launch(const Launch &l) {
-    kernel = nullptr;
-    for (auto &k : kernels())
-        if (k->name == l.name) kernel = k.get();
-    if (!kernel) {
-        kernels().emplace_back(new Kernel{l.name, {}});
-        kernel = kernels().back().get();
-    }
+    kernel = kernel_named(l.name);
     cuda_emulation_counts &c = kernel->counts;
     const uint64_t blocks = (uint64_t)l.grid.x * l.grid.y * l.grid.z;
     c.launches++;
@@ -177,6 +178,8 @@ void count_launch(const Launch &l) {
     dl_iterate_phdr(add_image, &wanted);
 #endif
 }
+void count_product(const char *name) { kernel_named(name)->counts.launches++; }
+
 #ifdef EMULATION_COUNT
 void count_block_begin() {
     for (unsigned t = 0; t < n_threads; t++) times[t].clear();

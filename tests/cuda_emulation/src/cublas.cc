@@ -169,6 +169,7 @@ cublasStatus_t gemm(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb
     return status_of(submit(
         h->stream,
         [g, batch](Context &, const void *, void *) {
+            count_product(g.name);
             if (batch.pointers_a) {
                 const size_t bytes = (size_t)batch.n * sizeof(void *);
                 if (!touch(batch.pointers_a, bytes, false, g.name) || !touch(batch.pointers_b, bytes, false, g.name) ||

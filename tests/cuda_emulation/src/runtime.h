@@ -83,6 +83,7 @@ cudaError_t work_fault(); /* the error that a test asked for this piece of work 
 /* ---- counting (count.cc) --------------------------------------------------------------------------------------------- */
 
 void count_launch(const Launch &);
+void count_product(const char *name); /* of cuBLAS */
 void count_block_begin();
 void count_block_end();
 void count_launch_end();

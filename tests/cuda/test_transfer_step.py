@@ -222,6 +222,7 @@ class RastTerm(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_uint64),
         ("saved", ctypes.c_uint64),
+        ("saved_row", ctypes.c_uint64),
         ("head", ctypes.c_void_p),
         ("hidden_type", ctypes.c_int32),
         ("n_rows", ctypes.c_int32),
@@ -237,7 +238,18 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert made.returncode == 0, made.stdout + made.stderr
     library = tmp_path_factory.mktemp("cpu") / "transfer_on_cpu.so"
     source = [Path(__file__).with_name("transfer_on_cpu.c"), ROOT / "build" / "librast.a"]
-    command: list[str | Path] = ["cc", "-shared", "-fPIC", "-std=c11", "-pthread", *source, "-lm", "-o", library]
+    command: list[str | Path] = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-std=c11",
+        "-pthread",
+        *source,
+        "-lm",
+        "-ldl",
+        "-o",
+        library,
+    ]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     return ctypes.CDLL(str(library)).transfer_on_cpu
@@ -262,7 +274,9 @@ def run_on_cpu(cpu: Any, scene: Scene, flags: int = 0) -> Result:
         live = min(logits.shape[1], scene.n_vocab)
         saved[:, :live] = logits[:, :live]
         ids = scene.uncommon[m]
-        terms[m] = RastTerm(0, address(saved), None, 0, logits.shape[1], address(ids) if len(ids) else None, len(ids))
+        terms[m] = RastTerm(
+            0, address(saved), 0, None, 0, logits.shape[1], address(ids) if len(ids) else None, len(ids)
+        )
     step.terms = ctypes.addressof(terms)
     error = ctypes.create_string_buffer(600)
     assert cpu(ctypes.byref(step), 1, error) == 0, error.raw[4:]
