@@ -7,9 +7,9 @@ enum {
     COPY_UNIT = 1 << 20,   /* bytes */
     MATMUL_UNIT = 1 << 16, /* bytes of weights that one unit reads */
     MANY_ROWS = 32, /* more activation rows than these come from L3 for every unit, so that it had better be large: */
-    LARGE_UNIT = 1 << 19, /* what stays in L2 beside them, */
-    THREAD_UNITS = 4,     /* but so many units for each thread */
-    MATMUL_ROWS = 64,     /* most weight rows of a unit */
+    LARGE_UNIT = 600 << 10, /* what stays in L2 beside them, */
+    THREAD_UNITS = 4,       /* but so many units for each thread */
+    MATMUL_ROWS = 64,       /* most weight rows of a unit */
     MAX_JOBS = 4,
 };
 
