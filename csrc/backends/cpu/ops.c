@@ -4,12 +4,15 @@
 #include <string.h>
 
 enum {
-    COPY_UNIT = 1 << 20,   /* bytes */
-    MATMUL_UNIT = 1 << 16, /* bytes of weights that one unit reads */
-    MANY_ROWS = 32, /* more activation rows than these come from L3 for every unit, so that it had better be large: */
+    COPY_UNIT = 1 << 20,    /* bytes */
+    MATMUL_UNIT = 1 << 16,  /* bytes of weights that one unit reads */
+    FEW_ROWS = 4,           /* no more activation rows than these: several streams of weights, better long ones */
+    STREAM_UNIT = 1 << 19,  /* all of them together, */
+    MANY_ROWS = 32,         /* more activation rows than these come from L3 for every unit: it had better be large, */
     LARGE_UNIT = 600 << 10, /* what stays in L2 beside them, */
     THREAD_UNITS = 4,       /* but so many units for each thread */
-    MATMUL_ROWS = 64,       /* most weight rows of a unit */
+    MATMUL_ROWS = 512,      /* most weight rows of a unit, */
+    MANY_MATMUL_ROWS = 64,  /* of one for more than a few activation rows */
     MAX_JOBS = 4,
 };
 
@@ -244,13 +247,12 @@ static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker)
 
 /* Weight rows of a unit, a multiple of `least`: no result depends on it. */
 static size_t unit_rows(const rast_weight *w, size_t n_rows, size_t n_models, size_t n_threads, size_t least) {
-    size_t rows = MATMUL_UNIT / w->stride;
-    if (n_rows > MANY_ROWS) {
-        const size_t large = LARGE_UNIT / w->stride, share = (size_t)w->out * n_models / (n_threads * THREAD_UNITS);
-        const size_t most = large < share ? large : share;
-        if (most > rows) rows = most;
-    }
-    if (rows > MATMUL_ROWS) rows = MATMUL_ROWS;
+    const size_t share = (size_t)w->out * n_models / (n_threads * THREAD_UNITS);
+    const size_t large = (n_rows > MANY_ROWS ? LARGE_UNIT : n_rows <= FEW_ROWS ? STREAM_UNIT : 0) / w->stride;
+    const size_t most = n_rows <= FEW_ROWS ? MATMUL_ROWS : MANY_MATMUL_ROWS;
+    size_t rows = MATMUL_UNIT / w->stride, wanted = large < share ? large : share;
+    if (wanted > rows) rows = wanted;
+    if (rows > most) rows = most;
     return rows < least ? least : rows / least * least;
 }
 
