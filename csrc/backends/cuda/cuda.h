@@ -1,7 +1,8 @@
 /* cuda.h: what the files of the CUDA backend share: the open device, queues as streams, and how errors are kept.
  *
  * Ops are noted in a list; submit sizes their buffers, then enqueues them on the queue's stream or captures them as a
- * graph. A graph holds addresses, so all graphs are dropped when any memory is released (rast_ctx.releases).
+ * graph. A graph holds addresses, so all graphs are dropped when any memory is released (rast_ctx.releases). Several
+ * submissions of a queue may be under way; the stream keeps them in order, and so they share buffers on the device.
  */
 #ifndef RAST_CUDA_H
 #define RAST_CUDA_H
@@ -142,9 +143,21 @@ typedef struct { /* bytes of one submission that cross, either way */
     size_t n, cap, bytes;
 } cuda_transfers;
 
+enum { CUDA_SUBMISSIONS = 4 }; /* of a queue: of a step two at most, and two steps may be under way */
+
+typedef struct { /* what a submission needs for itself while it is under way; rast_event is its address */
+    rast_queue *q;
+    cudaEvent_t done;
+    int pending; /* nobody has waited for it */
+    uint64_t used_at;
+    cuda_transfers up, down;
+    cuda_pinned to_device, to_host;
+} cuda_submission;
+
 typedef struct {
     uint64_t key, used_at;
     cudaGraphExec_t exec; /* NULL: not captured yet */
+    cuda_submission *at;  /* whose pinned memory it copies from and to */
     int hopeless;         /* it cannot be captured */
     cuda_transfers up, down;
 } cuda_graph;
@@ -161,15 +174,12 @@ struct rast_queue {
     cudaStream_t stream;
     cublasHandle_t blas;
     cuda_scratch blas_workspace;
-    cudaEvent_t done; /* of the last submission */
-    int pending;      /* which nobody has waited for */
+    cuda_submission submissions[CUDA_SUBMISSIONS], *now; /* now: the one that is being made */
     cuda_op *ops;
     size_t n_ops, cap_ops;
     int failed; /* recording ran out of memory */
-    rast_queue **depends;
+    const cuda_submission **depends;
     size_t n_depends, cap_depends;
-    cuda_transfers up, down; /* of the last submission */
-    cuda_pinned to_device, to_host;
     cuda_scratch attention, transfer, logits;
     cuda_tables tables;
     cuda_graph *graphs;

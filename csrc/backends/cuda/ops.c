@@ -254,10 +254,10 @@ static int enqueue_copy(rast_queue *q, const cuda_op *op, rast_error *err) {
     enum cudaMemcpyKind kind = cudaMemcpyDeviceToDevice;
     if (op->u.copy.kind == RAST_COPY_TO_DEVICE) {
         kind = cudaMemcpyHostToDevice;
-        src = q->to_device.data + op->u.copy.at;
+        src = q->now->to_device.data + op->u.copy.at;
     } else if (op->u.copy.kind == RAST_COPY_TO_HOST) {
         kind = cudaMemcpyDeviceToHost;
-        dst = q->to_host.data + op->u.copy.at;
+        dst = q->now->to_host.data + op->u.copy.at;
     }
     return cuda_check(q->ctx, cudaMemcpyAsync(dst, src, op->u.copy.bytes, kind, q->stream), "copying", err);
 }
