@@ -87,8 +87,11 @@ typedef enum {
     CUDA_COPY_BLOCKS
 } cuda_op_kind;
 
+enum { CUDA_MAX_JOBS = 3, CUDA_MAX_PRODUCTS = CUDA_MAX_JOBS * RAST_KERNEL_MODELS }; /* of one call of cuBLAS */
+
 typedef struct { /* one op, with its arguments by the names of backend.h */
     cuda_op_kind kind;
+    size_t table; /* several products at once: their pointers' place in the queue's table */
     rast_pass pass;
     const rast_weight *const *w;
     union {
@@ -104,8 +107,8 @@ typedef struct { /* one op, with its arguments by the names of backend.h */
             float eps;
         } rows; /* embed, norm, glu (gate and up are x and add), gather */
         struct {
-            rast_mm job;
-            size_t table; /* several models: their pointers' place in the queue's table, [3, n_models] */
+            rast_mm jobs[CUDA_MAX_JOBS]; /* of equal shapes */
+            int32_t n_jobs;
         } matmul;
         struct {
             rast_kv kv;
@@ -202,12 +205,12 @@ cuda_op *cuda_record(rast_queue *q, cuda_op_kind kind, const rast_pass *pass);
 /* What an op needs besides its arguments. */
 typedef struct {
     size_t attention, transfer, logits; /* bytes of the queue's scratch buffers */
-    int32_t n_pointers;                 /* of the table of a batched product */
+    int32_t n_pointers;                 /* of batched products, at most 3 * CUDA_MAX_PRODUCTS */
     int32_t products;                   /* 1: cuBLAS */
 } cuda_needs;
 cuda_needs cuda_op_needs(const cuda_op *op);
-/* The pointers of a batched product: weights, inputs, outputs, [3, n_models]. */
-void cuda_op_pointers(const cuda_op *op, uint64_t *out);
+/* The pointers of the op's batched products; for each call weights, inputs, outputs. */
+void cuda_op_pointers(const rast_queue *q, const cuda_op *op, uint64_t *out);
 /* Uploads what the op's kernels read besides the caller's arrays. */
 int cuda_op_prepare(rast_ctx *ctx, const cuda_op *op, rast_error *err);
 int cuda_op_enqueue(rast_queue *q, const cuda_op *op, rast_error *err);

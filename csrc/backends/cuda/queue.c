@@ -236,7 +236,7 @@ static int table_find(cuda_tables *t, const uint64_t *pointers, size_t n, size_t
 
 /* Gives every batched product its pointers. A full table begins anew, and graphs that use the old one go. */
 static int place_tables(rast_queue *q, rast_error *err) {
-    uint64_t pointers[3 * RAST_KERNEL_MODELS];
+    uint64_t pointers[3 * CUDA_MAX_PRODUCTS];
     for (int round = 0; round < 2; round++) {
         size_t i = 0;
         for (; i < q->n_ops; i++) {
@@ -244,8 +244,8 @@ static int place_tables(rast_queue *q, rast_error *err) {
             if (!n) continue;
             int status = tables_ready(q, err);
             if (status) return status;
-            cuda_op_pointers(&q->ops[i], pointers);
-            if (!table_find(&q->tables, pointers, n, &q->ops[i].u.matmul.table)) break;
+            cuda_op_pointers(q, &q->ops[i], pointers);
+            if (!table_find(&q->tables, pointers, n, &q->ops[i].table)) break;
         }
         if (i == q->n_ops) return RAST_OK;
         int status = settle(q, err);
