@@ -426,9 +426,9 @@ def page() -> str:
             Launches: the base's pass + the pair's, which runs beside it on a stream of its own, expert and antiexpert
             as one pass + the products with the heads and the transfer, after both. Products of equal shapes that do
             not wait for each other are one call of cuBLAS, which counts as one, though it may launch several kernels:
-            of keys and values, of gate and up, with the heads of expert and antiexpert. For each device the most tokens a second that bandwidth and
-            arithmetic allow, all sequences together, and in brackets for the base alone; – where one device is too
-            small."""),
+            of keys and values, of gate and up, with the heads of expert and antiexpert. For each device the most
+            tokens a second that bandwidth and arithmetic allow, all sequences together, and in brackets for the base
+            alone; – where one device is too small."""),
     ]
     for batch in BATCHES:
         parts += [f"Batch {batch}:", step_table(batch)]

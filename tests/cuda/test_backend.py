@@ -310,7 +310,7 @@ def test_next_step_is_submitted_before_this_one_is_collected(
 
 
 def varied(model: Any) -> list[Any]:
-    """Samples that end at different times and when nobody expects it, that wait for each other, and that cannot run ahead."""
+    """Samples that end when nobody expects it, that wait for each other, and that cannot run ahead."""
     prompts = random_prompts(6, 300, seed=6, low=1, high=40)
     plain: dict[str, Any] = dict(do_sample=True, seed=3, max_new_tokens=18, pad_token_id=0, num_assistant_tokens=0)
     calls: list[dict[str, Any]] = [
