@@ -8,6 +8,7 @@ once. tests/cuda/test_costs.py compares those of our own kernels with the transa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
@@ -248,8 +249,10 @@ def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
     piece = max(LOGITS_BYTES // (4 * len(nets) * ceil(vocab / 4) * 4), 1)
     for first in range(0, outs, piece):
         n = min(piece, outs - first)
-        for net in nets:
-            yield product("head", n, min(net.vocab, vocab), net.hidden, net.act)
+        heads = Counter((min(net.vocab, vocab), net.hidden, net.act) for net in nets)
+        for shape, same in heads.items():  # those of equal shapes together, if that is all outputs
+            head = product("head", n, *shape)
+            yield from [head.batched(same)] if n == outs else [head] * same
         yield from transfer(n, vocab, len(nets))
 
 
@@ -265,16 +268,18 @@ def forward_one(net: Net, contexts: list[int]) -> Iterator[Launch]:
     yield embed(rows, net)
     for layer in range(net.layers):
         yield norm(rows, net.hidden, net.hidden, net.act, add=layer > 0)
-        for what, out in (("q", q), ("k or v", kv), ("k or v", kv)):
-            yield product(what, capacity, out, net.hidden, net.act)
-            if net.qkv_bias:
-                yield bias(rows, out, net.act)
+        if q == kv:
+            yield product("q, k and v", capacity, q, net.hidden, net.act).batched(3)
+        else:
+            yield product("q", capacity, q, net.hidden, net.act)
+            yield product("k and v", capacity, kv, net.hidden, net.act).batched(2)
+        if net.qkv_bias:
+            yield from (bias(rows, out, net.act) for out in (q, kv, kv))
         yield rope_kv(rows, net)
         yield from attention(contexts, net)
         yield product("o", capacity, net.hidden, q, net.act)
         yield norm(rows, net.hidden, net.hidden, net.act, add=True)
-        yield product("gate or up", capacity, net.inter, net.hidden, net.act)
-        yield product("gate or up", capacity, net.inter, net.hidden, net.act)
+        yield product("gate and up", capacity, net.inter, net.hidden, net.act).batched(2)
         yield glu(rows, net)
         yield product("down", capacity, net.hidden, net.inter, net.act)
     yield gather(rows, net)
@@ -419,10 +424,11 @@ def page() -> str:
         paragraph(f"""
             Every sequence has {CONTEXT} tokens of context. Bytes are those that device memory reads and writes.
             Launches: the base's pass + the pair's, which runs beside it on a stream of its own, expert and antiexpert
-            as one pass + the products with the heads and the transfer, after both; a call of cuBLAS counts as one,
-            though it may launch several kernels. For each device the most tokens a second that bandwidth and
-            arithmetic allow, all sequences together, and in brackets for the base alone; – where one device is too
-            small."""),
+            as one pass + the products with the heads and the transfer, after both. Products of equal shapes that do
+            not wait for each other are one call of cuBLAS, which counts as one, though it may launch several kernels:
+            of keys and values, of gate and up, with the heads of expert and antiexpert. For each device the most
+            tokens a second that bandwidth and arithmetic allow, all sequences together, and in brackets for the base
+            alone; – where one device is too small."""),
     ]
     for batch in BATCHES:
         parts += [f"Batch {batch}:", step_table(batch)]

@@ -6,8 +6,8 @@
  * Descriptors lie at fixed device addresses and are padded to buckets, so that a recorded graph can be replayed.
  *
  * Lifetimes: an op copies the struct it is given (rast_pass, rast_mm, rast_kv, rast_logits); the host arrays these point
- * to (weights, bases, terms) must stay valid until the work has run, and the caller fills descriptor arrays (token, pos,
- * count, draw, ...) before it records the first op that reads them.
+ * to (weights, bases, terms) and the sources of copies to the device must stay valid until submit has returned, and the
+ * caller fills descriptor arrays (token, pos, count, draw, ...) before it records the first op that reads them.
  *
  * Graphs: a device that `replays` may keep what was recorded under a key, and do the same again when the key comes back.
  * So a key stands for every argument of every op, addresses included; what the device reads at those addresses may
@@ -131,6 +131,7 @@ typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return th
     const char *name;
     int32_t replays;        /* 1: begin() keeps graphs, so keys and padded outputs are worth while */
     int32_t overlaps;       /* 1: queues run beside each other */
+    int32_t asynchronous;   /* 1: submit returns before the work has run */
     int32_t copies_weights; /* 1: bind() copies, so that weights take device memory */
     int32_t cache_percent;  /* of the free memory that the KV cache takes if nobody says how much */
     int (*open)(const rast_device *, rast_ctx **, rast_error *);
@@ -150,7 +151,7 @@ typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return th
     /* Starts recording; 1: a graph for the key exists, record nothing. Key 0: no graph. */
     int (*begin)(rast_queue *, uint64_t graph_key);
     int (*submit)(rast_queue *, rast_event *, rast_error *); /* RAST_ERR_MEMORY if recording ran out of memory */
-    /* Copies to the host have arrived when it returns; those of a submission that nobody waits for never do. */
+    /* Copies to the host have arrived when it returns, and perhaps earlier. To be called once for every submission. */
     int (*wait)(rast_ctx *, rast_event, rast_error *);
     void (*depend)(rast_queue *, rast_event); /* the submission runs after the event; not a part of its graph */
 
@@ -188,7 +189,7 @@ static inline size_t rast_kv_bytes(int32_t n_kv_heads, int32_t head_dim, int32_t
 extern const rast_ops rast_cpu_ops;
 
 /* A backend in a shared object of its own exports one of these as `rast_backend_plugin`. */
-enum { RAST_PLUGIN_ABI = 1 }; /* changes with anything in this file or rast.h that a backend sees */
+enum { RAST_PLUGIN_ABI = 2 }; /* changes with anything in this file or rast.h that a backend sees */
 typedef struct {
     uint32_t abi;
     size_t ops_bytes; /* sizeof(rast_ops) */

@@ -51,6 +51,7 @@ void rast_end_sample(rast_engine *e, rast_sample *s) {
 
 static void preempt_last(rast_engine *e) {
     rast_sample *s = e->running[--e->n_running];
+    s->scheduled = 0;
     release_blocks(e, s);
     leave_slot(e, s);
     e->parked[e->n_parked++] = s;

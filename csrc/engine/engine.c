@@ -62,6 +62,8 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
     e->words = (m->n_vocab + 31) / 32;
     e->next_id = 1;
     e->check_at = INFINITY;
+    const char *ahead = getenv("RAST_RUN_AHEAD");
+    e->runs_ahead = m->ops->asynchronous && (!ahead || strcmp(ahead, "0") != 0);
     atomic_init(&e->interrupted, 0);
 
     const size_t n_seqs = (size_t)e->max_seqs, n_out = (size_t)e->cap_out;
@@ -74,13 +76,14 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
     e->plan.passes = calloc(n_nets, sizeof *e->plan.passes);
     e->terms = calloc(n_nets, sizeof *e->terms);
     e->rows_left = calloc(n_nets, sizeof *e->rows_left);
-    e->results = calloc(n_out, sizeof *e->results);
+    for (int i = 0; i < 2; i++) e->flights[i].results = calloc(n_out, sizeof(rast_drawn));
     e->token = calloc(n_out, sizeof *e->token);
     e->logprob = calloc(n_out, sizeof *e->logprob);
     e->stats = calloc(n_out, sizeof *e->stats);
     e->errors = calloc(n_seqs, sizeof *e->errors);
     if (!e->kv || !e->work || !e->running || !e->parked || !e->order || !e->free_slots || !e->plan.passes ||
-        !e->terms || !e->rows_left || !e->results || !e->token || !e->logprob || !e->stats || !e->errors) {
+        !e->terms || !e->rows_left || !e->flights[0].results || !e->flights[1].results || !e->token || !e->logprob ||
+        !e->stats || !e->errors) {
         rast_fail(err, RAST_ERR_MEMORY, "no memory for an engine of %d samples", e->max_seqs);
         goto fail;
     }
@@ -115,6 +118,7 @@ static void free_rows(rast_engine *e, rast_rows *r) {
 void rast_engine_free(rast_engine *e) {
     if (!e) return;
     const rast_model *m = e->model;
+    for (int i = 0; i < 2; i++) rast_drop_flight(e, &e->flights[i]); /* nothing may run in what is freed */
     for (size_t i = 0; i < e->n_running; i++) rast_sample_free(e->running[i]);
     for (size_t i = 0; i < e->n_parked; i++) rast_sample_free(e->parked[i]);
     for (rast_job *job = e->first_job, *after; job; job = after) {
@@ -128,13 +132,16 @@ void rast_engine_free(rast_engine *e) {
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) free_rows(e, rows[i]);
     m->ops->release(m->ctx, e->drawn);
     m->ops->release(m->ctx, e->out);
-    m->ops->release(m->ctx, e->arena.dev);
+    for (int i = 0; i < 2; i++) {
+        m->ops->release(m->ctx, e->flights[i].arena);
+        free(e->flights[i].results);
+    }
     while (e->n_queues) m->ops->queue_free(e->queues[--e->n_queues]);
     if (e->upload) m->ops->queue_free(e->upload);
     rast_blocks_clear(&e->blocks);
-    void *plain[] = {e->kv,        e->work,        e->views,      e->running,    e->parked,  e->terms,
-                     e->results,   e->token,       e->free_slots, e->arena.host, e->logprob, e->stats,
-                     e->rows_left, e->plan.passes, e->chunks,     e->errors,     e->order};
+    void *plain[] = {e->kv,          e->work,       e->views,      e->running, e->parked, e->terms,
+                     e->token,       e->free_slots, e->arena.host, e->logprob, e->stats,  e->rows_left,
+                     e->plan.passes, e->chunks,     e->errors,     e->order};
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
     free(e);
 }

@@ -1,7 +1,7 @@
 /* engine.h: what the files of the engine share: requests, samples, block table, and the plan of one step.
  *
  * A request is what the user asked for; each of its samples is a sequence of its own. A step takes every running sample one
- * draw further (or one prefill chunk), all of them in one batch: make place, admit -> plan -> record and run -> collect.
+ * draw further (or one prefill chunk), all of them in one batch: make place, admit -> plan -> record and submit -> wait, collect.
  */
 #ifndef RAST_ENGINE_H
 #define RAST_ENGINE_H
@@ -145,12 +145,21 @@ void rast_sample_mask(const rast_sample *s, uint32_t n_draft, int32_t n_vocab, u
 
 enum { RAST_MAX_QUEUES = 4 };
 
-typedef struct { /* bytes that travel to the device at once; addresses are offsets until they are resolved */
+typedef struct
+{ /* bytes that travel to the device at once, to a flight's; addresses are offsets until they are resolved */
     uint8_t *host;
     size_t used, cap;
-    rast_dev dev;
-    size_t dev_cap;
 } rast_arena;
+
+typedef struct {                            /* a step on its way: submitted, and not waited for yet */
+    rast_event events[RAST_MAX_QUEUES + 2]; /* of its submissions, in order; each runs after those it names */
+    int32_t n_events;                       /* 0: there is none */
+    rast_dev arena;                         /* its descriptors on the device */
+    size_t arena_cap;
+    rast_drawn *results; /* [cap_out] on the host, once it has been waited for */
+    size_t n_out, n_rows;
+    double start;
+} rast_flight;
 
 typedef struct { /* one pass of some nets of a class */
     uint64_t mask;
@@ -230,6 +239,11 @@ struct rast_engine {
 
     rast_plan plan;
     rast_arena arena;
+    rast_flight flights[2]; /* [turn] is the step to collect next; the other one may run behind it (step.c) */
+    int32_t turn;
+    int runs_ahead;     /* a step may be submitted before the one before it is collected */
+    uint32_t n_ahead;   /* such steps, one after the other, in which nobody was asked for drafts */
+    double landed;      /* when the last step had run */
     rast_term *terms;   /* [n_nets] */
     int32_t *rows_left; /* [n_nets] while planning */
     rast_rows history;  /* [max_seqs, words] 32-bit words, made when a penalty first needs it */
@@ -239,8 +253,8 @@ struct rast_engine {
     rast_dev drawn, out; /* [max_seqs] int32, [cap_out] rast_drawn */
     int32_t words;       /* ceil(n_vocab / 32) */
 
-    rast_drawn *results; /* [cap_out] */
-    int32_t *token;      /* [cap_out] */
+    const rast_drawn *results; /* of the step that was waited for last */
+    int32_t *token;            /* [cap_out] */
     float *logprob;
     rast_stats *stats;
     rast_chunk *chunks;
@@ -292,8 +306,17 @@ int rast_plan_draft(rast_engine *e, int32_t net, uint32_t j, rast_error *err);
 int rast_plan_step(rast_engine *e, rast_error *err);
 /* Room for n rows of logits in `saved`, n at most rast_draft_rows; what was there is gone. */
 int rast_save_drafts(rast_engine *e, size_t n, rast_error *err);
-/* Records what the plan says and runs it; results, rows and so on are on the host afterwards. */
+/* Records what the plan says and submits it, as the step behind all that are on their way. */
+int rast_submit_plan(rast_engine *e, rast_flight *f, rast_error *err);
+/* Waits for the flight; results, rows and so on are on the host afterwards. */
+int rast_wait_flight(rast_engine *e, rast_flight *f, rast_error *err);
+/* Waits for the flight, whose results and errors nobody wants. */
+void rast_drop_flight(rast_engine *e, rast_flight *f);
+/* Submits and waits. */
 int rast_run_plan(rast_engine *e, rast_error *err);
+static inline rast_flight *rast_other_flight(rast_engine *e, const rast_flight *f) {
+    return &e->flights[f == &e->flights[0]];
+}
 
 /* Returns *array with room for n + 1 items of `size` bytes (doubling), or NULL and the array unchanged. */
 void *rast_grow(void *array, size_t *cap, size_t n, size_t size);

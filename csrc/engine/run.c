@@ -1,4 +1,8 @@
-/* run.c: records what a plan says, runs it and brings the results to the host. */
+/* run.c: records what a plan says, submits it, and brings the results to the host.
+ *
+ * Two steps can be on their way: descriptors and results are there twice. All else is there once, and may be: work of one
+ * queue runs in order, a class of nets has its own queue, and a step's passes wait for the transfer step before.
+ */
 #include "engine.h"
 
 #include <stdlib.h>
@@ -6,17 +10,42 @@
 
 #include "../rng.h"
 
+static int is_flying(const rast_engine *e) { return e->flights[0].n_events || e->flights[1].n_events; }
+
+/* What a step on its way may use is not released: the next one has to wait for it. */
+static int may_grow(const rast_engine *e, rast_error *err) {
+    return is_flying(e) ? rast_fail(err, RAST_ERR_MEMORY, "no room for a step while another one runs") : RAST_OK;
+}
+
 /* At least `bytes`, contents not kept. */
 static int ensure(rast_engine *e, rast_rows *r, size_t bytes, rast_error *err) {
     const rast_ops *ops = e->model->ops;
     if (bytes <= r->cap) return RAST_OK;
+    int status = may_grow(e, err);
+    if (status) return status;
     ops->release(e->model->ctx, r->dev);
     free(r->host);
     memset(r, 0, sizeof *r);
     r->host = malloc(bytes);
     if (!r->host) return rast_fail(err, RAST_ERR_MEMORY, "no memory for %zu bytes of logits or masks", bytes);
-    int status = ops->alloc(e->model->ctx, bytes, RAST_MEM_DATA, &r->dev, err);
+    status = ops->alloc(e->model->ctx, bytes, RAST_MEM_DATA, &r->dev, err);
     if (status == RAST_OK) r->cap = bytes;
+    return status;
+}
+
+/* For this step, and for the one that may run behind it. */
+static int ensure_arenas(rast_engine *e, const rast_flight *now, rast_error *err) {
+    const rast_ops *ops = e->model->ops;
+    if (e->arena.used <= now->arena_cap) return RAST_OK;
+    int status = may_grow(e, err);
+    for (int i = 0; i < 2 && status == RAST_OK; i++) {
+        rast_flight *f = &e->flights[i];
+        if (f->arena_cap >= e->arena.cap || (f != now && !e->runs_ahead)) continue;
+        ops->release(e->model->ctx, f->arena);
+        f->arena = 0, f->arena_cap = 0;
+        status = ops->alloc(e->model->ctx, e->arena.cap, RAST_MEM_DATA, &f->arena, err);
+        if (status == RAST_OK) f->arena_cap = e->arena.cap;
+    }
     return status;
 }
 
@@ -54,7 +83,7 @@ static void free_views(rast_engine *e) {
 static int uses_history(const rast_sample *s) { return s->draws && s->job->sampling.repetition_penalty != 1; }
 
 /* Everything that may need memory, before anything is recorded. */
-static int prepare(rast_engine *e, rast_error *err) {
+static int prepare(rast_engine *e, rast_flight *f, rast_error *err) {
     const rast_plan *plan = &e->plan;
     const size_t n_vocab = (size_t)e->model->n_vocab, n_nets = (size_t)e->model->n_nets, words = (size_t)e->words;
     int status = RAST_OK, history = 0;
@@ -64,12 +93,7 @@ static int prepare(rast_engine *e, rast_error *err) {
     if (status == RAST_OK) status = ensure_rows(e, &e->logits, (size_t)plan->n_logits, n_vocab, err);
     if (status == RAST_OK) status = ensure_rows(e, &e->scores, (size_t)plan->n_scores, n_vocab, err);
     if (status == RAST_OK) status = ensure_rows(e, &e->parts, (size_t)plan->n_parts * n_nets, n_vocab, err);
-    if (status == RAST_OK && e->arena.used > e->arena.dev_cap) {
-        e->model->ops->release(e->model->ctx, e->arena.dev);
-        e->arena.dev = 0, e->arena.dev_cap = 0;
-        status = e->model->ops->alloc(e->model->ctx, e->arena.cap, RAST_MEM_DATA, &e->arena.dev, err);
-        if (status == RAST_OK) e->arena.dev_cap = e->arena.cap;
-    }
+    if (status == RAST_OK) status = ensure_arenas(e, f, err);
     for (int32_t i = 0; i < plan->n_passes && status == RAST_OK; i++)
         status = rast_rope_extend(e->model, &e->model->classes[plan->passes[i].cls], plan->passes[i].max_end, err);
     return status;
@@ -83,12 +107,18 @@ static void fill_history(const rast_sample *s, uint32_t *row, size_t words) {
     }
 }
 
-static int upload(rast_engine *e, rast_event *event, rast_error *err) {
+/* The end of the step on its way, which the coming one follows; 0: there is none. */
+static rast_event end_of_step_before(rast_engine *e, const rast_flight *f) {
+    const rast_flight *before = rast_other_flight(e, f);
+    return before->n_events ? before->events[before->n_events - 1] : 0;
+}
+
+static int upload(rast_engine *e, rast_flight *f, rast_error *err) {
     const rast_ops *ops = e->model->ops;
     const size_t words = (size_t)e->words, row = words * sizeof(uint32_t);
     uint32_t *history = e->history.host, *mask = e->masks.host;
     ops->begin(e->upload, 0);
-    ops->copy(e->upload, e->arena.dev, at(e->arena.host), e->arena.used, RAST_COPY_TO_DEVICE);
+    ops->copy(e->upload, f->arena, at(e->arena.host), e->arena.used, RAST_COPY_TO_DEVICE);
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
         if (!s->scheduled || !uses_history(s) || !s->history_stale) continue;
@@ -104,17 +134,22 @@ static int upload(rast_engine *e, rast_event *event, rast_error *err) {
                 mask += words;
             }
     }
-    if (e->plan.n_masks)
+    if (e->plan.n_masks) {
+        const rast_event before = end_of_step_before(e, f);
+        if (before) ops->depend(e->upload, before); /* which reads them too */
         ops->copy(e->upload, e->masks.dev, at(e->masks.host), e->plan.n_masks * row, RAST_COPY_TO_DEVICE);
-    return ops->submit(e->upload, event, err);
+    }
+    int status = ops->submit(e->upload, &f->events[0], err);
+    f->n_events = status == RAST_OK;
+    return status;
 }
 
-static void resolve(rast_engine *e) {
+static void resolve(rast_engine *e, const rast_flight *f) {
     for (int32_t i = 0; i < e->plan.n_passes; i++) {
         rast_pass *p = &e->plan.passes[i].pass;
         rast_dev *fields[] = {&p->count,   &p->token,   &p->pos,         &p->row_seg,      &p->seg_row,
                               &p->seg_ctx, &p->out_row, &p->block_table, &p->prefix_blocks};
-        for (size_t f = 0; f < sizeof fields / sizeof *fields; f++) *fields[f] += e->arena.dev;
+        for (size_t d = 0; d < sizeof fields / sizeof *fields; d++) *fields[d] += f->arena;
         p->drawn = e->drawn;
     }
 }
@@ -136,7 +171,7 @@ static uint32_t used_queues(const rast_engine *e) {
 }
 
 /* Gives every pass its place for outputs, and the terms their rows. */
-static void place_outputs(rast_engine *e) {
+static void place_outputs(rast_engine *e, const rast_flight *f) {
     const rast_model *m = e->model;
     size_t placed[RAST_MAX_NETS] = {0}; /* by class: nets whose outputs already have their place */
     for (int32_t i = 0; i < m->n_nets; i++) {
@@ -148,7 +183,7 @@ static void place_outputs(rast_engine *e) {
                                   .n_uncommon = net->n_uncommon};
         if (!(e->plan.has_saved >> i & 1)) continue;
         e->terms[i].saved = e->saved.dev;
-        e->terms[i].saved_row = e->arena.dev + e->plan.saved_row[i];
+        e->terms[i].saved_row = f->arena + e->plan.saved_row[i];
     }
     for (int32_t i = 0; i < e->plan.n_passes; i++) {
         rast_pass_plan *p = &e->plan.passes[i];
@@ -204,7 +239,7 @@ static void add_passes_to_key(const rast_engine *e, int32_t queue, uint64_t *key
     }
 }
 
-static void add_combine_to_key(const rast_engine *e, const rast_logits *l, uint64_t *key) {
+static void add_combine_to_key(const rast_engine *e, const rast_flight *f, const rast_logits *l, uint64_t *key) {
     const rast_rows *planes[] = {&e->logits, &e->scores, &e->parts};
     const int32_t counts[] = {e->plan.n_logits, e->plan.n_scores, e->plan.n_parts};
     const uint64_t values[] = {(uint64_t)e->plan.draft_net,
@@ -217,7 +252,8 @@ static void add_combine_to_key(const rast_engine *e, const rast_logits *l, uint6
                                l->drawn,
                                l->logits,
                                l->scores,
-                               l->parts};
+                               l->parts,
+                               at(f->results)};
     for (size_t v = 0; v < sizeof values / sizeof *values; v++) add_to_key(key, values[v]);
     for (int32_t i = 0; i < l->n_terms; i++) {
         add_to_key(key, l->terms[i].hidden);
@@ -232,13 +268,13 @@ static void add_combine_to_key(const rast_engine *e, const rast_logits *l, uint6
 
 /* ---- recording --------------------------------------------------------------------------------------------------------------- */
 
-static int record_copies(rast_engine *e, int32_t queue, rast_error *err) {
+static int record_copies(rast_engine *e, const rast_flight *f, int32_t queue, rast_error *err) {
     for (int32_t net = 0; net < e->model->n_nets; net++) {
         rast_view *view;
         if (!e->plan.n_copies[net] || queue_of(e, net) != queue) continue;
         int status = view_of(e, (uint64_t)1 << net, &net, 1, &view, err);
         if (status) return status;
-        rast_view_copy_blocks(view, e->queues[queue], e->arena.dev + e->plan.copies[net], e->plan.n_copies[net]);
+        rast_view_copy_blocks(view, e->queues[queue], f->arena + e->plan.copies[net], e->plan.n_copies[net]);
     }
     return RAST_OK;
 }
@@ -255,7 +291,7 @@ static int record_passes(rast_engine *e, int32_t queue, rast_error *err) {
     return RAST_OK;
 }
 
-static rast_logits describe_combine(const rast_engine *e) {
+static rast_logits describe_combine(const rast_engine *e, const rast_flight *f) {
     const rast_plan *plan = &e->plan;
     const int32_t draft = plan->draft_net; /* drafts are drawn from this net alone, whose logits are kept */
     return (rast_logits){.n_terms = draft ? 1 : e->model->n_nets,
@@ -263,8 +299,8 @@ static rast_logits describe_combine(const rast_engine *e) {
                          .n_vocab = e->model->n_vocab,
                          .n_valid = e->model->n_valid,
                          .terms = e->terms + draft,
-                         .coef = e->arena.dev + plan->coef,
-                         .draw = e->arena.dev + plan->draw,
+                         .coef = f->arena + plan->coef,
+                         .draw = f->arena + plan->draw,
                          .history = e->history.dev,
                          .allowed = plan->n_masks ? e->masks.dev : 0,
                          .history_words = e->words,
@@ -277,7 +313,7 @@ static rast_logits describe_combine(const rast_engine *e) {
                                                   : 0};
 }
 
-static void record_combine(rast_engine *e, const rast_logits *l) {
+static void record_combine(rast_engine *e, const rast_flight *f, const rast_logits *l) {
     const rast_plan *plan = &e->plan;
     const rast_ops *ops = e->model->ops;
     const size_t row = (size_t)e->model->n_vocab * sizeof(float);
@@ -288,65 +324,103 @@ static void record_combine(rast_engine *e, const rast_logits *l) {
                   {&e->scores, (size_t)plan->n_scores},
                   {&e->parts, (size_t)plan->n_parts * (size_t)e->model->n_nets}};
     ops->combine(e->queues[0], l);
-    ops->copy(e->queues[0], at(e->results), e->out, plan->n_drawn * sizeof *e->results, RAST_COPY_TO_HOST);
+    ops->copy(e->queues[0], at(f->results), e->out, plan->n_drawn * sizeof *f->results, RAST_COPY_TO_HOST);
     for (size_t i = 0; i < sizeof planes / sizeof *planes; i++)
         if (planes[i].n)
             ops->copy(e->queues[0], at(planes[i].rows->host), planes[i].rows->dev, planes[i].n * row,
                       RAST_COPY_TO_HOST);
 }
 
-typedef struct { /* submissions of a step, in order; each runs after those it names */
-    rast_event events[RAST_MAX_QUEUES + 2];
-    int32_t n;
-} submissions;
-
-/* Records and submits one queue's passes (passes != 0) and perhaps the transfer step, after all submissions so far if that
- * is all, else after the upload. */
-static int submit_queue(rast_engine *e, int32_t queue, int passes, const rast_logits *l, submissions *all,
+/* Records and submits one queue's passes (passes != 0) and perhaps the transfer step: after the upload and the step before, or
+ * if it is that alone, after all submissions so far. */
+static int submit_queue(rast_engine *e, rast_flight *f, int32_t queue, int passes, const rast_logits *l,
                         rast_error *err) {
     const rast_ops *ops = e->model->ops;
+    const rast_event before = end_of_step_before(e, f);
     rast_queue *q = e->queues[queue];
     uint64_t key = is_worth_a_graph(e, queue);
     int status = RAST_OK;
     if (key && passes) add_passes_to_key(e, queue, &key);
-    if (key && l) add_combine_to_key(e, l, &key);
+    if (key && l) add_combine_to_key(e, f, l, &key);
     const int is_kept = ops->begin(q, key);
-    for (int32_t i = 0; i < (passes ? 1 : all->n); i++) ops->depend(q, all->events[i]);
+    for (int32_t i = 0; i < (passes ? 1 : f->n_events); i++) ops->depend(q, f->events[i]);
+    if (before) ops->depend(q, before);
     if (!is_kept && passes) {
-        status = record_copies(e, queue, err);
+        status = record_copies(e, f, queue, err);
         if (status == RAST_OK) status = record_passes(e, queue, err);
     }
     if (status) return status; /* the next begin() forgets what was recorded */
-    if (!is_kept && l) record_combine(e, l);
-    status = ops->submit(q, &all->events[all->n], err);
-    all->n += status == RAST_OK;
+    if (!is_kept && l) record_combine(e, f, l);
+    status = ops->submit(q, &f->events[f->n_events], err);
+    f->n_events += status == RAST_OK;
     return status;
 }
 
-static int run_plan(rast_engine *e, rast_error *err) {
-    const rast_ops *ops = e->model->ops;
-    submissions all = {.n = 0};
-    if (e->n_views > RAST_MAX_VIEWS) free_views(e);
-    int status = prepare(e, err);
-    if (status == RAST_OK) status = upload(e, &all.events[0], err);
+static int submit_all(rast_engine *e, rast_flight *f, rast_error *err) {
+    if (e->n_views > RAST_MAX_VIEWS && !is_flying(e)) free_views(e);
+    int status = prepare(e, f, err);
+    if (status == RAST_OK) status = upload(e, f, err);
     if (status) return status;
-    all.n = 1;
-    resolve(e);
-    place_outputs(e);
-    const rast_logits l = describe_combine(e);
+    resolve(e, f);
+    place_outputs(e, f);
+    const rast_logits l = describe_combine(e, f);
     const uint32_t used = used_queues(e);
     const int together = used == 1; /* everything on the first queue, as one submission */
     for (int32_t queue = 0; queue < e->n_queues && status == RAST_OK; queue++)
-        if (used >> queue & 1) status = submit_queue(e, queue, 1, together && e->plan.n_out ? &l : NULL, &all, err);
-    if (status == RAST_OK && !together && e->plan.n_out) status = submit_queue(e, 0, 0, &l, &all, err);
-    /* of a failed step too: nothing of it may run into the next one */
-    for (int32_t i = all.n - 1; i >= 0; i--) {
-        const int waited = ops->wait(e->model->ctx, all.events[i], status ? NULL : err);
+        if (used >> queue & 1) status = submit_queue(e, f, queue, 1, together && e->plan.n_out ? &l : NULL, err);
+    if (status == RAST_OK && !together && e->plan.n_out) status = submit_queue(e, f, 0, 0, &l, err);
+    return status;
+}
+
+static int wait_all(rast_engine *e, rast_flight *f, rast_error *err) {
+    int status = RAST_OK;
+    while (f->n_events) {
+        const int waited = e->model->ops->wait(e->model->ctx, f->events[--f->n_events], status ? NULL : err);
         if (status == RAST_OK) status = waited;
     }
-    for (size_t i = 0; i < e->n_running && status == RAST_OK; i++)
-        if (e->running[i]->scheduled && uses_history(e->running[i])) e->running[i]->history_stale = 0;
     return status;
+}
+
+void rast_drop_flight(rast_engine *e, rast_flight *f) { wait_all(e, f, NULL); }
+
+/* What a failed step drew stands in `drawn`, but the samples do not have it. */
+static void forget_drawn(rast_engine *e) {
+    for (size_t i = 0; i < e->n_running; i++) e->running[i]->fresh = 0;
+}
+
+int rast_submit_plan(rast_engine *e, rast_flight *f, rast_error *err) {
+    f->start = rast_now();
+    f->n_out = e->plan.n_out;
+    f->n_rows = e->plan.n_rows;
+    int status = submit_all(e, f, err);
+    if (status == RAST_OK) return RAST_OK;
+    rast_drop_flight(e, f); /* nothing of it may run into the next one */
+    forget_drawn(e);
+    return status;
+}
+
+int rast_wait_flight(rast_engine *e, rast_flight *f, rast_error *err) {
+    int status = wait_all(e, f, err);
+    if (status) {
+        forget_drawn(e);
+        return status;
+    }
+    const double now = rast_now(), seconds = now - (f->start > e->landed ? f->start : e->landed);
+    e->landed = now;
+    e->results = f->results;
+    e->n_rows += f->n_rows;
+    e->seconds[e->plan.draft_net > 0] += seconds;
+    e->n_draft_steps += e->plan.draft_net > 0;
+    rast_pace_time(e, seconds);
+    for (size_t i = 0; i < e->n_running; i++)
+        if (e->running[i]->scheduled && uses_history(e->running[i])) e->running[i]->history_stale = 0;
+    return RAST_OK;
+}
+
+int rast_run_plan(rast_engine *e, rast_error *err) {
+    rast_flight *f = &e->flights[e->turn];
+    int status = rast_submit_plan(e, f, err);
+    return status ? status : rast_wait_flight(e, f, err);
 }
 
 int rast_save_drafts(rast_engine *e, size_t n, rast_error *err) {
@@ -354,19 +428,4 @@ int rast_save_drafts(rast_engine *e, size_t n, rast_error *err) {
     size_t rows = 1;
     while (rows < n) rows *= 2; /* grows seldom: devices drop their graphs when memory is released */
     return ensure_rows(e, &e->saved, rows < most ? rows : most, (size_t)e->model->n_vocab, err);
-}
-
-int rast_run_plan(rast_engine *e, rast_error *err) {
-    const double start = rast_now();
-    int status = run_plan(e, err);
-    if (status == RAST_OK) {
-        e->n_rows += e->plan.n_rows;
-        const double seconds = rast_now() - start;
-        e->seconds[e->plan.draft_net > 0] += seconds;
-        e->n_draft_steps += e->plan.draft_net > 0;
-        rast_pace_time(e, seconds);
-    }
-    for (size_t i = 0; i < e->n_running && status; i++)
-        e->running[i]->fresh = 0; /* what a failed step drew stands in `drawn`, but the sample does not have it */
-    return status;
 }

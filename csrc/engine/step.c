@@ -1,7 +1,15 @@
-/* step.c: one step of every sample: make place, admit, plan, run, collect. */
+/* step.c: one step of every sample: make place, admit, plan, run, collect.
+ *
+ * Where the device works by itself, a step that repeats the one before, each sample one token further, is planned and
+ * submitted while that one runs, and collected by the next call. Its tokens are still unknown here: it reads them where
+ * they were drawn. Samples that turn out to have ended have their row in it for nothing; their blocks and slots can be
+ * given away at once, since whatever comes later follows it on the device.
+ */
 #include "engine.h"
 
 #include <math.h>
+
+enum { ASK_AGAIN = 8 }; /* steps run ahead before one is planned with all tokens known, which drafts need */
 
 /* ---- samples that end before the step -------------------------------------------------------------------------------- */
 
@@ -184,7 +192,76 @@ static rast_finish collect(rast_engine *e, rast_sample *s) {
     return finish;
 }
 
+/* ---- running ahead --------------------------------------------------------------------------------------------------- */
+
+/* The sample n tokens further, nothing else of it changed: what is planned for it, and what it will hold then. */
+static void move_rows(const rast_engine *e, rast_sample *s, int n) {
+    for (int32_t m = 0; m < e->model->n_nets; m++)
+        if (rast_sample_draw_mask(s) >> m & 1) s->start[m] += (uint32_t)n, s->end[m] += (uint32_t)n;
+}
+
+static void move_sample(const rast_engine *e, rast_sample *s, int n) {
+    for (int32_t m = 0; m < e->model->n_nets; m++)
+        if (rast_sample_draw_mask(s) >> m & 1) s->cached[m] += (uint32_t)n;
+    s->n_ids += (size_t)n;
+}
+
+/* In the step on its way it has one row, whose draw decides nothing about how the next row is computed and drawn. */
+static int will_repeat(const rast_engine *e, const rast_sample *s) {
+    const rast_job *job = s->job;
+    const size_t n_new = rast_sample_n_new(s) + 1;
+    if (!s->scheduled || !s->fresh || s->tail >= 0 || s->n_prompt_out || s->n_draw_out != 1) return 0;
+    for (int32_t m = 0; m < e->model->n_nets; m++) {
+        const int runs = rast_sample_draw_mask(s) >> m & 1;
+        if (s->end[m] != s->start[m] + (uint32_t)runs || (runs && s->end[m] != s->n_ids)) return 0;
+    }
+    if (n_new == (size_t)job->stop.max_new || n_new == job->transfer_start) return 0;
+    if (job->sampling.repetition_penalty != 1 || job->sampling.n_bad_words) return 0; /* they look at the tokens */
+    if (job->want & (RAST_WANT_LOGITS | RAST_WANT_SCORES | RAST_WANT_COMPONENTS))
+        return 0; /* there is room for one step's */
+    return !job->n_draft || (job->n_draft == RAST_DRAFT_AUTO && e->n_ahead < ASK_AGAIN);
+}
+
+/* Submits the step after the one on its way, if that is like it and nobody else can join; 1: it did. What cannot be done now,
+ * for want of memory too, the next call does. */
+static int run_ahead(rast_engine *e) {
+    const rast_flight *now = &e->flights[e->turn];
+    rast_flight *f = rast_other_flight(e, now);
+    const size_t n = e->n_running;
+    if (!e->runs_ahead || now->n_out != n)
+        return 0; /* its outputs are those of the samples that run now, in their order */
+    for (size_t i = 0; i < n; i++)
+        if (!will_repeat(e, e->running[i])) return 0;
+    for (size_t i = 0; i < n; i++) {
+        rast_sample *s = e->running[i];
+        if (s->n_blocks >= rast_blocks_for(s->n_ids + 1)) continue;
+        const int32_t block = rast_blocks_take(&e->blocks);
+        if (block < 0) return 0;
+        s->blocks[s->n_blocks++] = block;
+    }
+    if (rast_admit(e, NULL) || e->n_running > n) return 0;
+    for (size_t i = 0; i < n; i++) {
+        move_sample(e, e->running[i], 1);
+        e->running[i]->ids[e->running[i]->n_ids - 1] = -1; /* not known, and not read: the sample is fresh */
+    }
+    int status = rast_plan_step(e, NULL);
+    if (status == RAST_OK) status = rast_submit_plan(e, f, NULL);
+    for (size_t i = 0; i < n; i++) {
+        move_sample(e, e->running[i], -1);
+        move_rows(e, e->running[i], -1); /* and so again the rows of the step on its way */
+    }
+    return status == RAST_OK;
+}
+
 /* ---- the public step ----------------------------------------------------------------------------------------------- */
+
+/* Plans and submits a step of all samples that run now, their tokens known. */
+static int begin_step(rast_engine *e, rast_error *err) {
+    e->n_ahead = 0;
+    int status = rast_draft(e, err);
+    if (status == RAST_OK) status = rast_plan_step(e, err);
+    return status ? status : rast_submit_plan(e, &e->flights[e->turn], err);
+}
 
 int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_error *err) {
     *chunks = NULL;
@@ -199,18 +276,27 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     if (status) return status;
     e->n_running = end_stopped(e, e->running, e->n_running, now);
     e->n_parked = end_stopped(e, e->parked, e->n_parked, 0);
-    rast_make_place(e);
-    status = rast_admit(e, err);
+    rast_flight *f = &e->flights[e->turn];
+    if (!e->n_running) rast_drop_flight(e, f); /* all that it ran for have ended */
+    const int is_on_its_way = f->n_events > 0;
+    if (!is_on_its_way) {
+        rast_make_place(e);
+        status = rast_admit(e, err);
+    }
     e->n_parked = end_stopped(e, e->parked, e->n_parked, now); /* those that found no room in time */
     if (status == RAST_OK) status = end_unmade(e, now, err);
-    if (status == RAST_OK && e->n_running) status = rast_draft(e, err);
-    if (status == RAST_OK && e->n_running) status = rast_plan_step(e, err);
-    if (status == RAST_OK && e->n_running) status = rast_run_plan(e, err);
+    if (status == RAST_OK && e->n_running && !is_on_its_way) status = begin_step(e, err);
     if (status) return status;
-    *chunks = e->chunks;
+    int ahead = 0;
     if (e->n_running) {
+        ahead = run_ahead(e);
+        status = rast_wait_flight(e, f, err);
+        if (status) { /* the step behind it stands on what has failed */
+            rast_drop_flight(e, rast_other_flight(e, f));
+            return status;
+        }
         e->n_steps++;
-        for (size_t o = 0; o < e->plan.n_out; o++) {
+        for (size_t o = 0; o < f->n_out; o++) {
             e->token[o] = e->results[o].token;
             e->logprob[o] = e->results[o].logprob;
             e->stats[o] = e->results[o].stats;
@@ -220,12 +306,16 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     for (size_t i = 0; i < e->n_running; i++) {
         rast_sample *s = e->running[i];
         const rast_finish finish = collect(e, s);
-        if (finish)
+        if (finish) {
             rast_end_sample(e, s);
-        else
-            e->running[kept++] = s;
+            continue;
+        }
+        e->running[kept++] = s;
+        if (ahead) move_rows(e, s, 1);
     }
     e->n_running = kept;
+    if (ahead) e->turn ^= 1, e->n_ahead++;
+    *chunks = e->chunks;
     *n = e->n_chunks;
     e->failed = 0;
     return RAST_OK;

@@ -1,5 +1,6 @@
 /* test_engine.c: the engine on a device that fails: every call of a run that can fail (memory, submission) fails once, and the
- * step is tried again. Tokens stay as they were, and every block comes back. */
+ * step is tried again. Tokens stay as they were, and every block comes back. All this with steps submitted one by one, and
+ * with each submitted before the one before it is collected. */
 #include "check.h"
 #include "engine/engine.h"
 
@@ -12,6 +13,7 @@ enum { MAX_NEW = 48, MAX_SAMPLES = 3, MANY_NETS = 11 };
 
 static long calls, fails_at; /* fails_at -1: never */
 static int alloc_failed;
+static long n_waiting, most_waiting; /* submissions that nobody has waited for */
 
 static int fails(rast_error *err) {
     if (calls++ != fails_at) return 0;
@@ -27,11 +29,14 @@ static int failing_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, r
 }
 
 static int failing_submit(rast_queue *q, rast_event *event, rast_error *err) {
-    return fails(err) ? RAST_ERR_MEMORY : rast_cpu_ops.submit(q, event, err);
+    if (fails(err)) return RAST_ERR_MEMORY;
+    if (++n_waiting > most_waiting) most_waiting = n_waiting;
+    return rast_cpu_ops.submit(q, event, err);
 }
 
 /* Fails after the work is done: what it wrote must not count. */
 static int failing_wait(rast_ctx *ctx, rast_event event, rast_error *err) {
+    n_waiting--;
     return fails(err) ? RAST_ERR_DEVICE : rast_cpu_ops.wait(ctx, event, err);
 }
 
@@ -126,30 +131,32 @@ typedef struct {
 static int32_t prompt[N_REQUESTS][120];
 static const size_t n_prompt[N_REQUESTS] = {70, 64, 90, 1, 75};
 static int32_t n_draft; /* of every request; one of them has no net that could draw them */
+static int plain;       /* requests that can run ahead, and end when nobody expects it */
 
 static void add_requests(rast_engine *e) {
     static const float coef[N_REQUESTS][N_NETS] = {{1, 1, -1}, {1, 1, -1}, {1, 0, 0}, {1, 1, 0}, {1, 1, -1}};
     rast_error err;
     for (size_t i = 0; i < N_REQUESTS; i++) {
-        const int32_t suppressed = 3;
-        const rast_request r = {.ids = prompt[i],
-                                .n_ids = n_prompt[i],
-                                .tag = i,
-                                .seed = i,
-                                .n_samples = 1 + (uint32_t)i % MAX_SAMPLES,
-                                .coef = coef[i],
-                                .n_coef = N_NETS,
-                                .transfer_start = i == 1 ? 3 : 0,
-                                .sampling = {.do_sample = 1,
-                                             .temperature = 1,
-                                             .top_p = 1,
-                                             .repetition_penalty = i == 0 ? 1.3f : 1,
-                                             .suppress = &suppressed,
-                                             .n_suppress = i == 3},
-                                .stop = {.max_new = i == 4 ? 1 : MAX_NEW - 6 * (int32_t)i},
-                                .n_draft = n_draft,
-                                .draft_net = 1,
-                                .want = i == 4 ? RAST_WANT_PROMPT | RAST_WANT_LOGPROBS | RAST_WANT_LOGITS : 0};
+        const int32_t suppressed = 3, eos = 2;
+        const rast_request r = {
+            .ids = prompt[i],
+            .n_ids = n_prompt[i],
+            .tag = i,
+            .seed = i,
+            .n_samples = 1 + (uint32_t)i % MAX_SAMPLES,
+            .coef = coef[i],
+            .n_coef = N_NETS,
+            .transfer_start = i == 1 ? 3 : 0,
+            .sampling = {.do_sample = 1,
+                         .temperature = 1,
+                         .top_p = 1,
+                         .repetition_penalty = i == 0 && !plain ? 1.3f : 1,
+                         .suppress = &suppressed,
+                         .n_suppress = i == 3},
+            .stop = {.eos = &eos, .n_eos = (size_t)plain, .max_new = i == 4 ? 1 : MAX_NEW - 6 * (int32_t)i},
+            .n_draft = n_draft,
+            .draft_net = 1,
+            .want = i == 4 ? RAST_WANT_PROMPT | RAST_WANT_LOGPROBS | RAST_WANT_LOGITS : 0};
         CHECK(!rast_engine_add(e, &r, NULL, &err), "%s", err.message);
     }
 }
@@ -181,6 +188,7 @@ static void run(rast_model *m, size_t n_blocks, long n, outcome *out) {
     CHECK(!rast_engine_new(m, &budget, &e, &err), "%s", err.message);
     add_requests(e);
     calls = alloc_failed = 0;
+    most_waiting = n_waiting = 0;
     fails_at = n;
     while (rast_engine_busy(e)) {
         const rast_chunk *chunks;
@@ -194,6 +202,7 @@ static void run(rast_model *m, size_t n_blocks, long n, outcome *out) {
     CHECK(out->info.n_free == n_blocks, "%zu of %zu blocks came back", out->info.n_free, n_blocks);
     for (size_t b = 0; b < n_blocks; b++) CHECK(e->blocks.block[b].refs == 0, "block %zu is held", b);
     rast_engine_free(e);
+    CHECK(!n_waiting, "%ld submissions were not waited for", n_waiting);
 }
 
 /* One request, and its tokens. */
@@ -299,6 +308,107 @@ static void test_failures(rast_model *m, const outcome *want, outcome *got) {
     }
 }
 
+/* The same, a step ahead: what fails of such a step is made up for by the next call. */
+static void test_running_ahead(rast_model *m, rast_ops *ops, outcome *want, outcome *got) {
+    plain = 1;
+    ops->asynchronous = 0;
+    run(m, 200, -1, want);
+    CHECK(most_waiting == 2, "%ld submissions at once, one by one", most_waiting);
+    ops->asynchronous = 1;
+    long n_silent = 0, n_told = 0;
+    for (size_t n_blocks = 200; n_blocks; n_blocks = n_blocks > 5 ? 5 : 0) {
+        run(m, n_blocks, -1, got);
+        const long n_calls = calls;
+        CHECK(most_waiting == 4, "%ld submissions at once, a step ahead", most_waiting);
+        CHECK(!memcmp(got->s, want->s, sizeof got->s), "other tokens a step ahead, %zu blocks", n_blocks);
+        CHECK((got->info.preempted > 0) == (n_blocks == 5), "%d were preempted", (int)got->info.preempted);
+        for (long n = 0; n < n_calls; n += n_blocks == 5 ? 1 : 5) {
+            run(m, n_blocks, n, got);
+            *(got->n_failures ? &n_told : &n_silent) += 1;
+            CHECK(!memcmp(got->s, want->s, sizeof got->s), "other tokens a step ahead after call %ld failed", n);
+        }
+    }
+    CHECK(n_told > n_silent && n_silent > 0, "%ld failures were told, %ld not", n_told, n_silent);
+    plain = 0;
+}
+
+typedef struct {
+    int32_t token[2 * N_REQUESTS][MAX_NEW];
+    size_t n[2 * N_REQUESTS];
+    int finish[2 * N_REQUESTS];
+} mixed;
+
+/* Requests come, are cancelled and discarded while steps are on their way. */
+static void run_mixed(rast_model *m, unsigned seed, mixed *out) {
+    static const float coef[N_NETS] = {1, 1, -1};
+    const rast_budget budget = {.kv_bytes = 12 * N_NETS * rast_kv_block_bytes(&m->nets[0]), .max_seqs = 6};
+    uint64_t id[2 * N_REQUESTS];
+    size_t n_added = 0, step = 0;
+    rast_engine *e;
+    rast_error err;
+    memset(out, 0, sizeof *out);
+    fails_at = -1;
+    n_waiting = 0;
+    CHECK(!rast_engine_new(m, &budget, &e, &err), "%s", err.message);
+    for (; n_added < 2 * N_REQUESTS || rast_engine_busy(e); step++) {
+        const rast_chunk *chunks;
+        size_t n;
+        if (n_added < 2 * N_REQUESTS && step % 5 == seed % 5) {
+            const rast_request r = {.ids = prompt[n_added % N_REQUESTS],
+                                    .n_ids = 1 + (n_added * 13 + seed) % 60,
+                                    .tag = n_added,
+                                    .seed = seed,
+                                    .n_samples = 1,
+                                    .coef = coef,
+                                    .n_coef = N_NETS,
+                                    .transfer_start = n_added % 3 == 1 ? 4 : 0,
+                                    .sampling = {.do_sample = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1},
+                                    .stop = {.max_new = n_added % 4 == 3 ? 5 : MAX_NEW}};
+            CHECK(!rast_engine_add(e, &r, &id[n_added++], &err), "%s", err.message);
+        }
+        if (step == 17 + seed % 7) rast_engine_cancel(e, id[1]);
+        if (step == 12 + seed % 9) rast_engine_discard(e, id[0]);
+        if (step == 20) rast_engine_interrupt(e);
+        const int status = rast_engine_step(e, &chunks, &n, &err);
+        CHECK(status == (step == 20 ? RAST_ERR_INTERRUPTED : RAST_OK), "%s", err.message);
+        for (size_t i = 0; i < n; i++) {
+            const rast_chunk *c = &chunks[i];
+            CHECK(c->position == out->n[c->tag], "tokens at %u, not %zu", c->position, out->n[c->tag]);
+            if (c->n) memcpy(out->token[c->tag] + out->n[c->tag], c->token, c->n * sizeof(int32_t));
+            out->n[c->tag] += c->n;
+            out->finish[c->tag] = c->finish;
+        }
+    }
+    rast_engine_info info;
+    rast_engine_get_info(e, &info);
+    CHECK(info.n_free == info.n_blocks, "%zu of %zu blocks came back", info.n_free, info.n_blocks);
+    rast_engine_free(e);
+    CHECK(!n_waiting, "%ld submissions were not waited for", n_waiting);
+}
+
+static void test_mixed(rast_model *m, rast_ops *ops) {
+    mixed *want = malloc(sizeof *want), *got = malloc(sizeof *got);
+    CHECK(want && got, "memory");
+    for (unsigned seed = 0; seed < 30; seed++) {
+        ops->asynchronous = 0;
+        run_mixed(m, seed, want);
+        ops->asynchronous = 1;
+        most_waiting = 0;
+        run_mixed(m, seed, got);
+        CHECK(most_waiting == 4, "%ld submissions at once", most_waiting);
+        for (size_t i = 0; i < 2 * N_REQUESTS; i++) {
+            const size_t n = want->n[i] < got->n[i] ? want->n[i] : got->n[i];
+            CHECK(!memcmp(want->token[i], got->token[i], n * sizeof(int32_t)), "other tokens of request %zu", i);
+            CHECK(want->finish[i] == got->finish[i], "request %zu ends by %d, not %d", i, got->finish[i],
+                  want->finish[i]);
+            CHECK(i < 2 || want->n[i] == got->n[i], "%zu tokens of request %zu, not %zu", got->n[i], i, want->n[i]);
+        }
+        CHECK(got->finish[1] == RAST_FINISH_CANCELLED && got->n[1] > 0 && got->n[0] > 0, "cancelled while it runs");
+    }
+    free(want);
+    free(got);
+}
+
 int main(void) {
     weights w[N_NETS];
     for (int i = 0; i < N_NETS; i++) make_weights(&w[i]);
@@ -317,6 +427,9 @@ int main(void) {
     run(m, 200, -1, roomy);
     CHECK(roomy->info.preempted == 0 && roomy->info.reused > 0, "a roomy run reuses and preempts nobody");
     for (n_draft = 0; n_draft <= 4; n_draft += 4) test_failures(m, roomy, got);
+    n_draft = 0;
+    test_running_ahead(m, &ops, roomy, got);
+    test_mixed(m, &ops);
     test_budgets(m);
     test_many_sets_of_nets(w);
     free(roomy);

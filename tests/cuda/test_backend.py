@@ -259,18 +259,114 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
 
 
 @needs_emulation
-@pytest.mark.parametrize("n", [1, 40, 150])
-def test_error_in_the_middle_of_a_step(emulation: Emulation, folders: tuple[Path, Path, Path], n: int) -> None:
-    """Work fails as it runs, as after an illegal access: the model says so, refuses and lets go; the process lives."""
+@pytest.mark.parametrize("n", [1, 40, *range(150, 250, 13)])
+def test_error_in_the_middle_of_a_step(
+    emulation: Emulation, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Work fails as it runs, as after an illegal access: the model says so, refuses and lets go; the process lives.
+    The later ones fail in steps that run behind another one."""
+    monkeypatch.setenv("RAST_CUDA_GRAPHS", "0")
     model = load_rast(*folders, device="cuda", kv_cache_tokens=256)
     emulation.lib.cuda_emulation_fail_work(n, ILLEGAL_ADDRESS)
     with pytest.raises(RuntimeError, match="cuda:0 failed while"):
-        generate(model)
+        generate(model, num_assistant_tokens=0, eos_token_id=None, max_new_tokens=12)
     with pytest.raises(RuntimeError, match="not used any more"):
         generate(model)
     del model
     emulation.defaults()
     generate(load_rast(*folders, device="cuda", kv_cache_tokens=256))
+
+
+# ---- a step ahead ----------------------------------------------------------------------------------------------------
+
+
+def queued(emulation: Emulation) -> int:
+    """Kernels that were submitted and have not run; afterwards they have."""
+    counts = [(ctypes.c_uint64 * 14)() for _ in range(2)]
+    emulation.lib.cuda_emulation_counters(None, counts[0])
+    assert emulation.lib.cudaDeviceSynchronize() == 0
+    emulation.lib.cuda_emulation_counters(None, counts[1])
+    return int(counts[1][0] - counts[0][0])
+
+
+@needs_emulation
+@pytest.mark.parametrize("graphs", ["1", "0"])
+def test_next_step_is_submitted_before_this_one_is_collected(
+    emulation: Emulation, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, graphs: str
+) -> None:
+    """When a step's token is out, the device already has the next step; but for the first, a prompt's, and the last."""
+    monkeypatch.setenv("RAST_CUDA_GRAPHS", graphs)
+    (prompt,) = random_prompts(1, 300, seed=4, low=9, high=9)
+    options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, num_assistant_tokens=0, eos_token_id=None)
+    found = {}
+    for ahead in ("1", "0"):
+        monkeypatch.setenv("RAST_RUN_AHEAD", ahead)
+        model = load_rast(*folders, device="cuda", kv_cache_tokens=512)
+        found[ahead] = [(len(ids), queued(emulation)) for ids in model.stream(prompt, **options)]
+    assert [n for n, _ in found["0"]] == [n for n, _ in found["1"]] == [1] * 12
+    assert [kernels for _, kernels in found["0"]] == [0] * 12
+    kernels = [kernels for _, kernels in found["1"]]
+    assert kernels[0] == kernels[-1] == 0 and len(set(kernels[1:-1])) == 1 and kernels[1] > 20, kernels
+
+
+def varied(model: Any) -> list[Any]:
+    """Samples that end when nobody expects it, that wait for each other, and that cannot run ahead."""
+    prompts = random_prompts(6, 300, seed=6, low=1, high=40)
+    plain: dict[str, Any] = dict(do_sample=True, seed=3, max_new_tokens=18, pad_token_id=0, num_assistant_tokens=0)
+    calls: list[dict[str, Any]] = [
+        dict(eos_token_id=list(range(0, 300, 12)), num_return_sequences=2, temperature=1.3),
+        dict(do_sample=False, min_new_tokens=5, eos_token_id=list(range(0, 300, 3))),
+        dict(transfer_strength=[[1], [0], [0.5]] * 2, transfer_start=4, eos_token_id=[7]),
+        dict(repetition_penalty=1.2, eos_token_id=None, max_new_tokens=5),
+        dict(suppress_tokens=[3, 4], top_k=9, eos_token_id=list(range(0, 300, 30))),
+        dict(num_assistant_tokens="auto", eos_token_id=[5, 6]),
+    ]
+    return [model.generate(prompts, return_dict_in_generate=True, **(plain | call)) for call in calls]
+
+
+@needs_emulation
+@pytest.mark.parametrize("graphs", ["1", "0"])
+@pytest.mark.parametrize("tokens", [512, 128])
+def test_running_ahead_changes_nothing(
+    emulation: Emulation, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, tokens: int, graphs: str
+) -> None:
+    """Bit by bit (products of the emulation do not depend on the number of rows), in any order that streams allow."""
+    monkeypatch.setenv("RAST_CUDA_GRAPHS", graphs)
+    outputs = []
+    for ahead, seed in (("0", 0), ("1", 0), *(("1", seed) for seed in range(1, 8 if FULL else 2))):
+        monkeypatch.setenv("RAST_RUN_AHEAD", ahead)
+        model = load_rast(*folders, device="cuda", kv_cache_tokens=tokens, max_batch_size=6)
+        emulation.lib.cuda_emulation_seed(seed)
+        outputs.append(varied(model))
+        assert emulation.lib.cuda_emulation_report() == b""
+    for other in outputs[1:]:
+        for want, got in zip(outputs[0], other, strict=True):
+            np.testing.assert_array_equal(got.sequences, want.sequences)
+            assert got.finish_reason == want.finish_reason
+            np.testing.assert_array_equal(got.logprob, want.logprob)
+
+
+@needs_emulation
+def test_stopping_while_a_step_runs(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    """A stream that is left, a request whose time is over: what was under way does not matter to the next."""
+    before = emulation.alive().left()
+    model = load_rast(*folders, device="cuda", kv_cache_tokens=256)
+    prompts = random_prompts(2, 300, seed=8, low=20, high=40)
+    options: dict[str, Any] = dict(do_sample=False, num_assistant_tokens=0, eos_token_id=None, pad_token_id=0)
+    want = model.generate(prompts, max_new_tokens=30, **options)
+    for n in range(1, 7):
+        stream = model.stream(prompts[0], max_new_tokens=60, **options)
+        for _ in range(n):
+            next(stream)
+        stream.close()
+        np.testing.assert_array_equal(model.generate(prompts, max_new_tokens=30, **options), want)
+    timed = model.generate(prompts, max_new_tokens=200, max_time=0.02, return_dict_in_generate=True, **options)
+    assert set(timed.finish_reason) <= {"time", "length"}
+    np.testing.assert_array_equal(model.generate(prompts, max_new_tokens=30, **options), want)
+    stream = model.stream(prompts[0], max_new_tokens=60, **options)
+    next(stream), next(stream), next(stream)
+    del stream, model  # with a step under way
+    assert emulation.alive().left() == before
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 /* cuda.h: what the files of the CUDA backend share: the open device, queues as streams, and how errors are kept.
  *
  * Ops are noted in a list; submit sizes their buffers, then enqueues them on the queue's stream or captures them as a
- * graph. A graph holds addresses, so all graphs are dropped when any memory is released (rast_ctx.releases).
+ * graph. A graph holds addresses, so all graphs are dropped when any memory is released (rast_ctx.releases). Several
+ * submissions of a queue may be under way; the stream keeps them in order, and so they share buffers on the device.
  */
 #ifndef RAST_CUDA_H
 #define RAST_CUDA_H
@@ -86,8 +87,11 @@ typedef enum {
     CUDA_COPY_BLOCKS
 } cuda_op_kind;
 
+enum { CUDA_MAX_JOBS = 3, CUDA_MAX_PRODUCTS = CUDA_MAX_JOBS * RAST_KERNEL_MODELS }; /* of one call of cuBLAS */
+
 typedef struct { /* one op, with its arguments by the names of backend.h */
     cuda_op_kind kind;
+    size_t table; /* several products at once: their pointers' place in the queue's table */
     rast_pass pass;
     const rast_weight *const *w;
     union {
@@ -103,8 +107,8 @@ typedef struct { /* one op, with its arguments by the names of backend.h */
             float eps;
         } rows; /* embed, norm, glu (gate and up are x and add), gather */
         struct {
-            rast_mm job;
-            size_t table; /* several models: their pointers' place in the queue's table, [3, n_models] */
+            rast_mm jobs[CUDA_MAX_JOBS]; /* of equal shapes */
+            int32_t n_jobs;
         } matmul;
         struct {
             rast_kv kv;
@@ -142,9 +146,21 @@ typedef struct { /* bytes of one submission that cross, either way */
     size_t n, cap, bytes;
 } cuda_transfers;
 
+enum { CUDA_SUBMISSIONS = 4 }; /* of a queue: of a step two at most, and two steps may be under way */
+
+typedef struct { /* what a submission needs for itself while it is under way; rast_event is its address */
+    rast_queue *q;
+    cudaEvent_t done;
+    int pending; /* nobody has waited for it */
+    uint64_t used_at;
+    cuda_transfers up, down;
+    cuda_pinned to_device, to_host;
+} cuda_submission;
+
 typedef struct {
     uint64_t key, used_at;
     cudaGraphExec_t exec; /* NULL: not captured yet */
+    cuda_submission *at;  /* whose pinned memory it copies from and to */
     int hopeless;         /* it cannot be captured */
     cuda_transfers up, down;
 } cuda_graph;
@@ -161,15 +177,12 @@ struct rast_queue {
     cudaStream_t stream;
     cublasHandle_t blas;
     cuda_scratch blas_workspace;
-    cudaEvent_t done; /* of the last submission */
-    int pending;      /* which nobody has waited for */
+    cuda_submission submissions[CUDA_SUBMISSIONS], *now; /* now: the one that is being made */
     cuda_op *ops;
     size_t n_ops, cap_ops;
     int failed; /* recording ran out of memory */
-    rast_queue **depends;
+    const cuda_submission **depends;
     size_t n_depends, cap_depends;
-    cuda_transfers up, down; /* of the last submission */
-    cuda_pinned to_device, to_host;
     cuda_scratch attention, transfer, logits;
     cuda_tables tables;
     cuda_graph *graphs;
@@ -192,12 +205,12 @@ cuda_op *cuda_record(rast_queue *q, cuda_op_kind kind, const rast_pass *pass);
 /* What an op needs besides its arguments. */
 typedef struct {
     size_t attention, transfer, logits; /* bytes of the queue's scratch buffers */
-    int32_t n_pointers;                 /* of the table of a batched product */
+    int32_t n_pointers;                 /* of batched products, at most 3 * CUDA_MAX_PRODUCTS */
     int32_t products;                   /* 1: cuBLAS */
 } cuda_needs;
 cuda_needs cuda_op_needs(const cuda_op *op);
-/* The pointers of a batched product: weights, inputs, outputs, [3, n_models]. */
-void cuda_op_pointers(const cuda_op *op, uint64_t *out);
+/* The pointers of the op's batched products; for each call weights, inputs, outputs. */
+void cuda_op_pointers(const rast_queue *q, const cuda_op *op, uint64_t *out);
 /* Uploads what the op's kernels read besides the caller's arrays. */
 int cuda_op_prepare(rast_ctx *ctx, const cuda_op *op, rast_error *err);
 int cuda_op_enqueue(rast_queue *q, const cuda_op *op, rast_error *err);

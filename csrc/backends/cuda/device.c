@@ -311,6 +311,7 @@ static const rast_ops ops = {
     .name = "cuda",
     .replays = 1,
     .overlaps = 1,
+    .asynchronous = 1,
     .copies_weights = 1,
     .cache_percent = 90, /* the rest: buffers of a step, which grow with what is asked */
     .open = op_open,

@@ -39,10 +39,15 @@ void cuda_norm(rast_queue *q, const rast_pass *pass, int extent, rast_dev x, ras
     op->u.rows.eps = eps;
 }
 
+/* Jobs of equal shapes become one op: keys and values, gate and up. */
 void cuda_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32_t n) {
+    cuda_op *op = NULL;
     for (int32_t j = 0; j < n; j++) {
-        cuda_op *op = cuda_record(q, CUDA_MATMUL, pass);
-        if (op) op->u.matmul.job = jobs[j];
+        const rast_weight *w = jobs[j].w[0], *before = op ? op->u.matmul.jobs[0].w[0] : NULL;
+        if (!op || op->u.matmul.n_jobs == CUDA_MAX_JOBS || w->out != before->out || w->in != before->in)
+            op = cuda_record(q, CUDA_MATMUL, pass);
+        if (!op) return;
+        op->u.matmul.jobs[op->u.matmul.n_jobs++] = jobs[j];
     }
 }
 
@@ -125,17 +130,45 @@ static int32_t piece_of(const rast_logits *l) {
     return most < (size_t)l->n_out ? (int32_t)most : l->n_out;
 }
 
+static int has_product(const rast_term *t) { return is_gathered(t) && t->hidden; }
+
+/* Rows of the term's head that the logits have ids for. */
+static int32_t head_rows(const rast_logits *l, const rast_term *t) {
+    return t->n_rows < l->n_vocab ? t->n_rows : l->n_vocab;
+}
+
+/* Terms from m on whose products with their heads have the shape of m's, m the first of them; 0: it has none, or is not. */
+static int32_t same_heads(const rast_logits *l, int32_t m, int32_t members[RAST_KERNEL_MODELS]) {
+    const rast_term *t = &l->terms[m];
+    int32_t n = 0;
+    for (int32_t j = 0; j < l->n_terms; j++) {
+        const rast_term *other = &l->terms[j];
+        if (!has_product(t) || !has_product(other) || head_rows(l, other) != head_rows(l, t) ||
+            other->head->in != t->head->in || other->hidden_type != t->hidden_type)
+            continue;
+        if (j < m) return 0;
+        members[n++] = j;
+    }
+    return n;
+}
+
 cuda_needs cuda_op_needs(const cuda_op *op) {
     cuda_needs needs = {0};
     if (op->kind == CUDA_MATMUL) {
+        const int32_t n = op->pass.n_models * op->u.matmul.n_jobs;
         needs.products = 1;
-        if (op->pass.n_models > 1) needs.n_pointers = 3 * op->pass.n_models;
+        if (n > 1) needs.n_pointers = 3 * n;
     } else if (op->kind == CUDA_ATTENTION) {
         needs.attention = rast_kernel_attention_scratch(&op->pass, &op->u.attention.kv);
     } else if (op->kind == CUDA_COMBINE) {
         const rast_logits *l = &op->u.combine;
         const int32_t piece = piece_of(l);
         needs.products = n_gathered(l) > 0;
+        for (int32_t m = 0; m < l->n_terms && piece == l->n_out; m++) {
+            int32_t members[RAST_KERNEL_MODELS];
+            const int32_t n = same_heads(l, m, members);
+            if (n > 1) needs.n_pointers += 3 * n;
+        }
         needs.logits = n_gathered(l) * (size_t)piece * logits_stride(l) * sizeof(float);
         needs.transfer = rast_kernel_transfer_scratch(l, piece);
     }
@@ -183,62 +216,108 @@ static int multiply_batch(rast_queue *q, const product *p, rast_dev pointers, in
     return cuda_check_blas(q->ctx, code, "multiplying by weights of equal-shaped models", err);
 }
 
-void cuda_op_pointers(const cuda_op *op, uint64_t *out) {
-    const rast_mm *job = &op->u.matmul.job;
-    const size_t n = (size_t)op->pass.n_models, cap = (size_t)op->pass.cap_rows;
-    const size_t in = (size_t)job->w[0]->in * cuda_type_bytes(op->pass.act_type), width = (size_t)job->w[0]->out;
-    for (size_t m = 0; m < n; m++) {
-        out[m] = job->w[m]->data;
-        out[n + m] = job->x + m * cap * in;
-        out[2 * n + m] = job->y + m * cap * width * sizeof(float);
+static rast_dev table_of(const rast_queue *q, const cuda_op *op) {
+    return q->tables.data + op->table * sizeof *q->tables.host;
+}
+
+static void matmul_pointers(const cuda_op *op, uint64_t *out) {
+    const size_t n_models = (size_t)op->pass.n_models, cap = (size_t)op->pass.cap_rows;
+    const size_t n = n_models * (size_t)op->u.matmul.n_jobs;
+    for (size_t i = 0; i < n; i++) {
+        const rast_mm *job = &op->u.matmul.jobs[i / n_models];
+        const size_t m = i % n_models, in = (size_t)job->w[m]->in * cuda_type_bytes(op->pass.act_type);
+        out[i] = job->w[m]->data;
+        out[n + i] = job->x + m * cap * in;
+        out[2 * n + i] = job->y + m * cap * (size_t)job->w[m]->out * sizeof(float);
     }
 }
 
 static int enqueue_matmul(rast_queue *q, const cuda_op *op, rast_error *err) {
-    const rast_mm *job = &op->u.matmul.job;
-    const rast_weight *w = job->w[0];
+    const rast_mm *jobs = op->u.matmul.jobs;
+    const rast_weight *w = jobs[0].w[0];
     const product p = {w->out, w->in, op->pass.cap_rows, op->pass.act_type, w->out};
-    int status;
-    if (op->pass.n_models == 1)
-        status = multiply(q, &p, w->data, job->x, job->y, err);
-    else
-        status =
-            multiply_batch(q, &p, q->tables.data + op->u.matmul.table * sizeof *q->tables.host, op->pass.n_models, err);
-    if (status == RAST_OK && job->bias) rast_kernel_bias(q->stream, &op->pass, job->bias, job->y);
+    const int32_t n = op->pass.n_models * op->u.matmul.n_jobs;
+    int status =
+        n == 1 ? multiply(q, &p, w->data, jobs[0].x, jobs[0].y, err) : multiply_batch(q, &p, table_of(q, op), n, err);
+    for (int32_t j = 0; j < op->u.matmul.n_jobs && status == RAST_OK; j++)
+        if (jobs[j].bias) rast_kernel_bias(q->stream, &op->pass, jobs[j].bias, jobs[j].y);
     return status;
 }
 
 /* ---- the transfer step --------------------------------------------------------------------------------------------- */
 
-static int enqueue_combine(rast_queue *q, const rast_logits *l, rast_error *err) {
+/* Where the term's logits are put together. */
+static rast_dev gathered_logits(const rast_queue *q, const rast_logits *l, int32_t m) {
+    size_t before = 0;
+    for (int32_t j = 0; j < m; j++) before += (size_t)is_gathered(&l->terms[j]);
+    return q->logits.data + before * (size_t)piece_of(l) * logits_stride(l) * sizeof(float);
+}
+
+static void head_pointers(const rast_queue *q, const rast_logits *l, uint64_t *out) {
+    int32_t members[RAST_KERNEL_MODELS];
+    for (int32_t m = 0; m < l->n_terms; m++) {
+        const int32_t n = same_heads(l, m, members);
+        for (int32_t i = 0; i < n && n > 1; i++) {
+            out[i] = l->terms[members[i]].head->data;
+            out[n + i] = l->terms[members[i]].hidden;
+            out[2 * n + i] = gathered_logits(q, l, members[i]);
+        }
+        if (n > 1) out += 3 * (ptrdiff_t)n;
+    }
+}
+
+void cuda_op_pointers(const rast_queue *q, const cuda_op *op, uint64_t *out) {
+    if (op->kind == CUDA_COMBINE)
+        head_pointers(q, &op->u.combine, out);
+    else
+        matmul_pointers(op, out);
+}
+
+/* Logits of n outputs from `first` on: where these are all, those of equal-shaped heads together. */
+static int multiply_heads(rast_queue *q, const rast_logits *l, rast_dev table, int32_t first, int32_t n,
+                          rast_error *err) {
+    int status = RAST_OK;
+    for (int32_t m = 0; m < l->n_terms && status == RAST_OK; m++) {
+        const rast_term *t = &l->terms[m];
+        int32_t members[RAST_KERNEL_MODELS];
+        const int32_t n_same = n == l->n_out ? same_heads(l, m, members) : has_product(t);
+        if (!n_same) continue;
+        const product p = {head_rows(l, t), t->head->in, n, t->hidden_type, (int32_t)logits_stride(l)};
+        const size_t row = (size_t)t->head->in * cuda_type_bytes(t->hidden_type);
+        if (n_same > 1) {
+            status = multiply_batch(q, &p, table, n_same, err);
+            table += 3 * (size_t)n_same * sizeof(uint64_t);
+        } else {
+            status = multiply(q, &p, t->head->data, t->hidden + (size_t)first * row, gathered_logits(q, l, m), err);
+        }
+    }
+    return status;
+}
+
+static int enqueue_combine(rast_queue *q, const cuda_op *op, rast_error *err) {
+    const rast_logits *l = &op->u.combine;
     rast_transfer_term terms[RAST_KERNEL_MODELS];
     const size_t stride = logits_stride(l);
     const int32_t piece = piece_of(l);
     for (int32_t first = 0; first < l->n_out; first += piece) {
         const int32_t n = l->n_out - first < piece ? l->n_out - first : piece;
-        rast_dev logits = q->logits.data;
+        int status = multiply_heads(q, l, table_of(q, op), first, n, err);
+        if (status) return status;
         for (int32_t m = 0; m < l->n_terms; m++) {
             const rast_term *t = &l->terms[m];
             rast_dev uncommon;
-            int status = cuda_ids(q->ctx, t->uncommon, t->n_uncommon, &uncommon, err);
+            status = cuda_ids(q->ctx, t->uncommon, t->n_uncommon, &uncommon, err);
             if (status) return status;
-            terms[m] = (rast_transfer_term){.stride = stride,
-                                            .n_rows = t->n_rows < l->n_vocab ? t->n_rows : l->n_vocab,
-                                            .uncommon = uncommon,
-                                            .n_uncommon = t->n_uncommon};
+            terms[m] = (rast_transfer_term){
+                .stride = stride, .n_rows = head_rows(l, t), .uncommon = uncommon, .n_uncommon = t->n_uncommon};
             if (t->saved && !t->saved_row) {
                 terms[m].logits = t->saved + (size_t)first * (size_t)l->n_vocab * sizeof(float);
                 terms[m].stride = (size_t)l->n_vocab;
             } else if (is_gathered(t)) {
-                const product p = {terms[m].n_rows, t->head->in, n, t->hidden_type, (int32_t)stride};
-                const size_t row = (size_t)t->head->in * cuda_type_bytes(t->hidden_type);
-                if (t->hidden) status = multiply(q, &p, t->head->data, t->hidden + (size_t)first * row, logits, err);
-                if (status) return status;
+                terms[m].logits = gathered_logits(q, l, m);
                 if (t->saved)
                     rast_kernel_saved(q->stream, t->saved, t->saved_row + (size_t)first * sizeof(int32_t), n,
-                                      l->n_vocab, logits, stride);
-                terms[m].logits = logits;
-                logits += (size_t)piece * stride * sizeof(float);
+                                      l->n_vocab, terms[m].logits, stride);
             }
         }
         rast_kernel_transfer(q->stream, l, terms, first, n, q->transfer.data);
@@ -254,10 +333,10 @@ static int enqueue_copy(rast_queue *q, const cuda_op *op, rast_error *err) {
     enum cudaMemcpyKind kind = cudaMemcpyDeviceToDevice;
     if (op->u.copy.kind == RAST_COPY_TO_DEVICE) {
         kind = cudaMemcpyHostToDevice;
-        src = q->to_device.data + op->u.copy.at;
+        src = q->now->to_device.data + op->u.copy.at;
     } else if (op->u.copy.kind == RAST_COPY_TO_HOST) {
         kind = cudaMemcpyDeviceToHost;
-        dst = q->to_host.data + op->u.copy.at;
+        dst = q->now->to_host.data + op->u.copy.at;
     }
     return cuda_check(q->ctx, cudaMemcpyAsync(dst, src, op->u.copy.bytes, kind, q->stream), "copying", err);
 }
@@ -304,7 +383,7 @@ int cuda_op_enqueue(rast_queue *q, const cuda_op *op, rast_error *err) {
         rast_kernel_gather(stream, pass, op->u.rows.x, op->u.rows.add, op->u.rows.dim, op->u.rows.y);
         break;
     case CUDA_COMBINE:
-        status = enqueue_combine(q, &op->u.combine, err);
+        status = enqueue_combine(q, op, err);
         break;
     case CUDA_COPY_BLOCKS:
         rast_kernel_copy_blocks(stream, op->u.blocks.base, op->u.blocks.n_models, op->u.blocks.block_stride,

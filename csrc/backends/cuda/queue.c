@@ -32,11 +32,11 @@ cuda_op *cuda_record(rast_queue *q, cuda_op_kind kind, const rast_pass *pass) {
 }
 
 void cuda_depend(rast_queue *q, rast_event event) {
-    rast_queue *other = cuda_ptr(event);
-    if (!other || other == q) return; /* a queue keeps its own order */
+    const cuda_submission *other = cuda_ptr(event);
+    if (!other || other->q == q) return; /* a queue keeps its own order */
     if (q->n_depends == q->cap_depends) {
         const size_t cap = q->cap_depends ? 2 * q->cap_depends : 8;
-        rast_queue **grown = realloc(q->depends, cap * sizeof *grown);
+        const cuda_submission **grown = realloc(q->depends, cap * sizeof *grown);
         if (!grown) {
             q->failed = 1;
             return;
@@ -69,6 +69,38 @@ static int copy_transfers(cuda_transfers *to, const cuda_transfers *from) {
     return 1;
 }
 
+/* ---- what is under way --------------------------------------------------------------------------------------------- */
+
+static int is_pending(const rast_queue *q) {
+    int any = 0;
+    for (size_t i = 0; i < CUDA_SUBMISSIONS; i++) any |= q->submissions[i].pending;
+    return any;
+}
+
+/* Nothing of the queue runs any more: what it used may be released, or used again. */
+static int settle(rast_queue *q, rast_error *err) {
+    if (!is_pending(q)) return RAST_OK;
+    return cuda_check(q->ctx, cudaStreamSynchronize(q->stream), "running a step", err);
+}
+
+/* Waits for the submission and brings the host what it copied. */
+static int finish(cuda_submission *s, rast_error *err) {
+    if (!s->pending) return RAST_OK;
+    s->pending = 0;
+    int status = cuda_check(s->q->ctx, cudaEventSynchronize(s->done), "running a step", err);
+    for (size_t i = 0; i < s->down.n && status == RAST_OK; i++)
+        memcpy(s->down.items[i].host, s->to_host.data + s->down.items[i].at, s->down.items[i].bytes);
+    return status;
+}
+
+/* The one used longest ago. */
+static cuda_submission *next_submission(rast_queue *q) {
+    size_t oldest = 0;
+    for (size_t i = 1; i < CUDA_SUBMISSIONS; i++)
+        if (q->submissions[i].used_at < q->submissions[oldest].used_at) oldest = i;
+    return &q->submissions[oldest];
+}
+
 /* ---- graphs -------------------------------------------------------------------------------------------------------- */
 
 static void graph_clear(rast_queue *q, cuda_graph *g) {
@@ -82,6 +114,7 @@ static void graph_clear(rast_queue *q, cuda_graph *g) {
 
 /* Addresses in them may be gone; their keys stay known. */
 static void drop_graphs(rast_queue *q) {
+    settle(q, NULL); /* should that fail, the device counts as failed */
     for (size_t i = 0; i < q->n_graphs; i++) graph_clear(q, &q->graphs[i]);
     q->releases = q->ctx->releases;
 }
@@ -119,11 +152,13 @@ int cuda_begin(rast_queue *q, uint64_t key) {
 
 /* ---- buffers of a submission --------------------------------------------------------------------------------------- */
 
-static int scratch_ready(rast_ctx *ctx, cuda_scratch *s, size_t bytes, rast_error *err) {
+static int scratch_ready(rast_queue *q, cuda_scratch *s, size_t bytes, rast_error *err) {
     if (bytes <= s->bytes) return RAST_OK;
-    cuda_release(ctx, s->data);
+    int status = settle(q, err);
+    if (status) return status;
+    cuda_release(q->ctx, s->data);
     *s = (cuda_scratch){0};
-    int status = cuda_allocate(ctx, bytes, CUDA_USE_WORK, &s->data, err);
+    status = cuda_allocate(q->ctx, bytes, CUDA_USE_WORK, &s->data, err);
     if (status == RAST_OK) s->bytes = bytes;
     return status;
 }
@@ -147,7 +182,7 @@ static int blas_ready(rast_queue *q, rast_error *err) {
     /* as cuBLAS advises */
     const size_t bytes = (size_t)(ctx->major >= 9 ? 32 : 8) << 20;
     if (q->blas) return RAST_OK;
-    int status = scratch_ready(ctx, &q->blas_workspace, bytes, err);
+    int status = scratch_ready(q, &q->blas_workspace, bytes, err);
     if (status) return status;
     cublasStatus_t code = cublasCreate(&q->blas);
     if (code == CUBLAS_STATUS_ALLOC_FAILED) {
@@ -201,7 +236,7 @@ static int table_find(cuda_tables *t, const uint64_t *pointers, size_t n, size_t
 
 /* Gives every batched product its pointers. A full table begins anew, and graphs that use the old one go. */
 static int place_tables(rast_queue *q, rast_error *err) {
-    uint64_t pointers[3 * RAST_KERNEL_MODELS];
+    uint64_t pointers[3 * CUDA_MAX_PRODUCTS];
     for (int round = 0; round < 2; round++) {
         size_t i = 0;
         for (; i < q->n_ops; i++) {
@@ -209,10 +244,12 @@ static int place_tables(rast_queue *q, rast_error *err) {
             if (!n) continue;
             int status = tables_ready(q, err);
             if (status) return status;
-            cuda_op_pointers(&q->ops[i], pointers);
-            if (!table_find(&q->tables, pointers, n, &q->ops[i].u.matmul.table)) break;
+            cuda_op_pointers(q, &q->ops[i], pointers);
+            if (!table_find(&q->tables, pointers, n, &q->ops[i].table)) break;
         }
         if (i == q->n_ops) return RAST_OK;
+        int status = settle(q, err);
+        if (status) return status;
         q->tables.n = q->tables.n_sent = 0;
         memset(q->tables.index, 0, N_INDEX * sizeof *q->tables.index);
         drop_graphs(q);
@@ -222,9 +259,10 @@ static int place_tables(rast_queue *q, rast_error *err) {
 
 /* Everything that may need memory, and the host's data; nothing runs on the stream but this meanwhile. */
 static int prepare(rast_queue *q, rast_error *err) {
+    cuda_submission *s = q->now;
     cuda_needs most = {0};
     int status = RAST_OK;
-    q->up.n = q->up.bytes = q->down.n = q->down.bytes = 0;
+    s->up.n = s->up.bytes = s->down.n = s->down.bytes = 0;
     for (size_t i = 0; i < q->n_ops && status == RAST_OK; i++) {
         cuda_op *op = &q->ops[i];
         const cuda_needs needs = cuda_op_needs(op);
@@ -236,15 +274,15 @@ static int prepare(rast_queue *q, rast_error *err) {
         if (op->kind != CUDA_COPY || op->u.copy.kind == RAST_COPY_ON_DEVICE) continue;
         const int is_up = op->u.copy.kind == RAST_COPY_TO_DEVICE;
         void *host = cuda_ptr(is_up ? op->u.copy.src : op->u.copy.dst);
-        if (!add_transfer(is_up ? &q->up : &q->down, host, op->u.copy.bytes, &op->u.copy.at))
+        if (!add_transfer(is_up ? &s->up : &s->down, host, op->u.copy.bytes, &op->u.copy.at))
             return rast_fail(err, RAST_ERR_MEMORY, "no memory for a list of copies");
     }
     if (status == RAST_OK && most.products) status = blas_ready(q, err);
-    if (status == RAST_OK) status = scratch_ready(q->ctx, &q->attention, most.attention, err);
-    if (status == RAST_OK) status = scratch_ready(q->ctx, &q->transfer, most.transfer, err);
-    if (status == RAST_OK) status = scratch_ready(q->ctx, &q->logits, most.logits, err);
-    if (status == RAST_OK) status = pinned_ready(q->ctx, &q->to_device, q->up.bytes, err);
-    if (status == RAST_OK) status = pinned_ready(q->ctx, &q->to_host, q->down.bytes, err);
+    if (status == RAST_OK) status = scratch_ready(q, &q->attention, most.attention, err);
+    if (status == RAST_OK) status = scratch_ready(q, &q->transfer, most.transfer, err);
+    if (status == RAST_OK) status = scratch_ready(q, &q->logits, most.logits, err);
+    if (status == RAST_OK) status = pinned_ready(q->ctx, &s->to_device, s->up.bytes, err);
+    if (status == RAST_OK) status = pinned_ready(q->ctx, &s->to_host, s->down.bytes, err);
     if (status == RAST_OK) status = place_tables(q, err);
     cuda_tables *t = &q->tables;
     if (status == RAST_OK && t->n_sent < t->n) {
@@ -273,6 +311,7 @@ static int capture(rast_queue *q, cuda_graph *g, rast_error *err) {
     if (status) return status;
     status = enqueue(q, err);
     const cudaError_t ended = cudaStreamEndCapture(q->stream, &graph); /* also after an error, or the stream stays so */
+    if (ended != cudaSuccess && cudaStreamEndCapture(q->stream, &graph) != cudaSuccess) cudaGetLastError();
     if (status == RAST_OK) status = cuda_check(q->ctx, ended, "ending a graph", err);
     if (status == RAST_OK) {
         const cudaError_t made = cudaGraphInstantiate(&g->exec, graph, 0);
@@ -284,29 +323,22 @@ static int capture(rast_queue *q, cuda_graph *g, rast_error *err) {
     }
     if (graph) cudaGraphDestroy(graph);
     if (status) return status;
-    if (g->exec && copy_transfers(&g->up, &q->up) && copy_transfers(&g->down, &q->down)) return RAST_OK;
+    g->at = q->now;
+    if (g->exec && copy_transfers(&g->up, &q->now->up) && copy_transfers(&g->down, &q->now->down)) return RAST_OK;
     graph_clear(q, g);
     g->hopeless = 1;
     return RAST_OK;
-}
-
-/* Waits for the last submission; and, if asked to, brings the host what it copied. */
-static int finish(rast_queue *q, int deliver, rast_error *err) {
-    if (!q->pending) return RAST_OK;
-    q->pending = 0;
-    int status = cuda_check(q->ctx, cudaEventSynchronize(q->done), "running a step", err);
-    for (size_t i = 0; i < q->down.n && deliver && status == RAST_OK; i++)
-        memcpy(q->down.items[i].host, q->to_host.data + q->down.items[i].at, q->down.items[i].bytes);
-    return status;
 }
 
 static int run(rast_queue *q, rast_error *err) {
     rast_ctx *ctx = q->ctx;
     cuda_graph *g = q->current;
     const int replay = g && g->exec;
-    int status = RAST_OK;
+    cuda_submission *s = q->now = replay ? g->at : next_submission(q);
+    int status = finish(s, err); /* its buffers are used again */
+    if (status) return status;
     if (replay) {
-        if (!copy_transfers(&q->up, &g->up) || !copy_transfers(&q->down, &g->down))
+        if (!copy_transfers(&s->up, &g->up) || !copy_transfers(&s->down, &g->down))
             return rast_fail(err, RAST_ERR_MEMORY, "no memory for a list of copies");
     } else {
         status = prepare(q, err);
@@ -315,16 +347,17 @@ static int run(rast_queue *q, rast_error *err) {
     for (size_t i = 0; i < q->n_depends && status == RAST_OK; i++)
         status = cuda_check(ctx, cudaStreamWaitEvent(q->stream, q->depends[i]->done, 0), "waiting for a queue", err);
     if (status) return status;
-    for (size_t i = 0; i < q->up.n; i++)
-        memcpy(q->to_device.data + q->up.items[i].at, q->up.items[i].host, q->up.items[i].bytes);
+    for (size_t i = 0; i < s->up.n; i++)
+        memcpy(s->to_device.data + s->up.items[i].at, s->up.items[i].host, s->up.items[i].bytes);
     if (g && !replay) status = capture(q, g, err);
     if (status) return status;
     if (g && g->exec)
         status = cuda_check(ctx, cudaGraphLaunch(g->exec, q->stream), "launching a graph", err);
     else
         status = enqueue(q, err);
-    if (status == RAST_OK) status = cuda_check(ctx, cudaEventRecord(q->done, q->stream), "recording an event", err);
-    q->pending = status == RAST_OK;
+    if (status == RAST_OK) status = cuda_check(ctx, cudaEventRecord(s->done, q->stream), "recording an event", err);
+    s->pending = status == RAST_OK;
+    s->used_at = ++q->clock;
     return status;
 }
 
@@ -333,17 +366,16 @@ int cuda_submit(rast_queue *q, rast_event *event, rast_error *err) {
     if (q->failed) return rast_fail(err, RAST_ERR_MEMORY, "no memory to record a step");
     int status = cuda_enter(q->ctx, err);
     if (status == RAST_OK) status = cuda_finish_loading(q->ctx, err);
-    if (status == RAST_OK) status = finish(q, 0, err); /* its buffers are used again */
     if (status == RAST_OK) status = run(q, err);
-    if (status == RAST_OK) *event = (rast_event)(uintptr_t)q;
+    if (status == RAST_OK) *event = (rast_event)(uintptr_t)q->now;
     return status;
 }
 
 int cuda_wait(rast_ctx *ctx, rast_event event, rast_error *err) {
-    rast_queue *q = cuda_ptr(event);
-    if (!q) return RAST_OK;
+    cuda_submission *s = cuda_ptr(event);
+    if (!s) return RAST_OK;
     int status = cuda_enter(ctx, err);
-    return status ? status : finish(q, 1, err);
+    return status ? status : finish(s, err);
 }
 
 /* ---- life ---------------------------------------------------------------------------------------------------------- */
@@ -355,15 +387,20 @@ void cuda_queue_free(rast_queue *q) {
     if (may && q->stream) cudaStreamSynchronize(q->stream);
     for (size_t i = 0; i < q->n_graphs; i++) graph_clear(q, &q->graphs[i]);
     if (may && q->blas) cublasDestroy(q->blas);
-    if (may && q->done) cudaEventDestroy(q->done);
+    for (size_t i = 0; i < CUDA_SUBMISSIONS; i++) {
+        cuda_submission *s = &q->submissions[i];
+        if (may && s->done) cudaEventDestroy(s->done);
+        cuda_release_pinned(ctx, s->to_device.data);
+        cuda_release_pinned(ctx, s->to_host.data);
+        free(s->up.items);
+        free(s->down.items);
+    }
     if (may && q->stream) cudaStreamDestroy(q->stream);
     const rast_dev device[] = {q->blas_workspace.data, q->attention.data, q->transfer.data, q->logits.data,
                                q->tables.data};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++) cuda_release(ctx, device[i]);
-    cuda_release_pinned(ctx, q->to_device.data);
-    cuda_release_pinned(ctx, q->to_host.data);
     cuda_release_pinned(ctx, q->tables.host);
-    void *plain[] = {q->ops, q->depends, q->up.items, q->down.items, q->tables.index, q->graphs, q};
+    void *plain[] = {q->ops, q->depends, q->tables.index, q->graphs, q};
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
 }
 
@@ -381,8 +418,11 @@ int cuda_queue_new(rast_ctx *ctx, rast_queue **out, rast_error *err) {
         goto fail;
     }
     status = cuda_check(ctx, cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking), "making a stream", err);
-    if (status == RAST_OK)
-        status = cuda_check(ctx, cudaEventCreateWithFlags(&q->done, cudaEventDisableTiming), "making an event", err);
+    for (size_t i = 0; i < CUDA_SUBMISSIONS && status == RAST_OK; i++) {
+        q->submissions[i].q = q;
+        status = cuda_check(ctx, cudaEventCreateWithFlags(&q->submissions[i].done, cudaEventDisableTiming),
+                            "making an event", err);
+    }
     if (status) goto fail;
     *out = q;
     return RAST_OK;
