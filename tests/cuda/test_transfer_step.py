@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -234,11 +235,13 @@ class RastTerm(ctypes.Structure):
 @pytest.fixture(scope="session")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CPU backend's transfer step as a C function."""
-    made = subprocess.run(["make", "--silent", "build/librast.a"], cwd=ROOT, capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's runtime
+    command: list[str | Path] = ["make", "--silent", "build/librast.a"]
+    made = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     library = tmp_path_factory.mktemp("cpu") / "transfer_on_cpu.so"
     source = [Path(__file__).with_name("transfer_on_cpu.c"), ROOT / "build" / "librast.a"]
-    command: list[str | Path] = [
+    command = [
         "cc",
         "-shared",
         "-fPIC",
@@ -250,7 +253,7 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "-o",
         library,
     ]
-    made = subprocess.run(command, capture_output=True, text=True)
+    made = subprocess.run(command, env=plain, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     return ctypes.CDLL(str(library)).transfer_on_cpu
 
