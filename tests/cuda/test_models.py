@@ -187,8 +187,8 @@ def test_renamed_special_tokens(zoo: ModelZoo) -> None:
         cuda, cpu = both(base, *pair)
     prompts = random_prompts(5, 300, seed=2, low=1, high=40)
     for strength in (1.0, -0.7):
-        assert_logits_close(*(model.forward(prompts, transfer_strength=strength).logits for model in (cuda, cpu)))
-    strengths = [1, 0, 0.5, 0, -1]
+        assert_logits_close(*(model.forward(prompts, transfer_strength=strength) for model in (cuda, cpu)))
+    strengths = [[1], [0], [0.5], [0], [-1]]
     for options in (dict(do_sample=False), dict(do_sample=True, seed=4, top_p=0.9, temperature=3.0)):
         options = dict(max_new_tokens=8, transfer_strength=strengths) | options
         assert_same(*(details(model, prompts, **options) for model in (cuda, cpu)))
