@@ -12,7 +12,7 @@ help:
 	@echo "demo           install and run the demonstration: a large model made to reason by a small pair"
 	@echo "demo-smollm2   the mechanism on a real model, SmolLM2-135M"
 	@echo "test           install and run the tests"
-	@echo "test-full      the long version: all instruction sets, more shapes and seeds"
+	@echo "test-full      the long version: all instruction sets, more shapes and seeds, CUDA kernels for all architectures"
 	@echo "test-sanitize  C programs and binding under AddressSanitizer and UBSan"
 	@echo "test-gpu       the CUDA tests on a GPU, then under compute-sanitizer; uses PYTHON's own packages, offline"
 	@echo "bench-gpu      speed on a GPU beside its memory bandwidth and transformers, likewise"
@@ -52,8 +52,22 @@ demo-smollm2: $(VENV)/smollm2.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
 
-test-full: $(VENV)/dev.stamp
+test-full: $(VENV)/dev.stamp check-kernels
 	RAST_TEST_FULL=1 $(BIN)/python -m pytest -q
+
+# Every kernel for every architecture that setup.py builds for. nvcc: the machine's, or from its wheels.
+CUDA_ARCHS := 80 86 89 90 100 120
+CUDA_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
+    nvidia-cuda-cccl==13.0.85
+HAS_NVCC := $(shell command -v nvcc)
+
+build/nvidia/stamp: $(BIN)/python
+	$(BIN)/pip install --quiet --target build/nvidia $(CUDA_WHEELS)
+	@touch $@
+
+.PHONY: check-kernels
+check-kernels: $(BIN)/python $(if $(HAS_NVCC),,build/nvidia/stamp)
+	PATH="$(PATH):$(CURDIR)/build/nvidia/nvidia/cu13/bin" $(BIN)/python .ci/check_kernels.py $(CUDA_ARCHS)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/decode.py --trio smollm2 --batch 1 8
@@ -78,9 +92,9 @@ test-sanitize: $(VENV)/dev.stamp
 
 # On a machine with a GPU, the CUDA Toolkit, and torch, transformers and pytest in its own Python: nothing is installed.
 GPU_PYTHON := PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 RAST_CUDA_LIBRARY=$(CURDIR)/rast/_cuda.so
-GPU_TESTS := tests/cuda/test_ops.py tests/cuda/test_attention.py tests/cuda/test_transfer.py tests/cuda/test_models.py \
-    tests/cuda/test_backend.py
-GPU_SMALL := tests/cuda/test_models.py -k "test_architectures and (qwen2-tied or llama-bias)"
+GPU_TESTS := tests/cuda/test_ops.py tests/cuda/test_attention.py tests/cuda/test_transfer_step.py \
+    tests/cuda/test_schedules.py tests/cuda/test_models.py tests/cuda/test_backend.py
+GPU_SMALL := tests/cuda/test_schedules.py --confcutdir=tests/cuda
 
 .PHONY: gpu-package
 gpu-package:

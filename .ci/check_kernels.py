@@ -1,4 +1,4 @@
-"""Compiles every kernel with nvcc, warnings being errors, and fails if one of them spills registers.
+"""Compiles every kernel with nvcc to machine code and PTX, warnings being errors, and fails if one spills registers.
 
 Usage: python .ci/check_kernels.py [ARCH...]     compute capabilities, such as 80 90; default 90
 """
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def compiled(source: Path, arch: str) -> list[tuple[str, int, int]]:
     """(kernel, registers, bytes spilled) of each kernel of a file."""
-    command = ["nvcc", f"-arch=sm_{arch}", "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    target = f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"  # and PTX
+    command = ["nvcc", target, "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"]
     done = subprocess.run([*command, "-c", str(source), "-o", os.devnull], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{source.name}, sm_{arch}:\n{done.stderr}")

@@ -375,25 +375,53 @@ def test_every_fault_has_a_case() -> None:
 
 
 if FLAVOUR == "plain":
+    RUNTIMES = {"address": ["libasan.so", "libstdc++.so.6"], "thread": ["libtsan.so"], "count": []}
+    FULL = bool(os.environ.get("RAST_TEST_FULL"))
+    # 50 orders of everything in the long tests; in the short ones, one that has no large blocks, which are slow
+    ORDERS = [f"{first}:{first + 10}" for first in range(1, 51, 10)] if FULL else ["1:2"]
+    SHORT = {"address": "not trio", "thread": "attention and (72 or 136) or transfer or rope"}
+    # the tests of the backend are about the host's side: one order will do
+    KERNELS = ["test_ops.py", "test_attention.py", "test_transfer_step.py", "test_backend.py"]
 
-    @pytest.mark.parametrize("flavour", ["address", "thread", "count"])
-    def test_flavour(flavour: str) -> None:
-        """The kernels' tests above, with a sanitizer's runtime in Python."""
-        names = {"address": ["libasan.so", "libstdc++.so.6"], "thread": ["libtsan.so"], "count": []}[flavour]
+    def run_flavour(flavour: str, *arguments: str, **environment: str) -> None:
+        """pytest, with a sanitizer's runtime in Python; its reports end the process."""
         found = [
             subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-            for name in names
+            for name in RUNTIMES[flavour]
         ]
-        build(flavour, "correct.so")
         command = ["setarch", "-R", "env", f"LD_PRELOAD={' '.join(found)}", sys.executable, "-m", "pytest", "-q"]
+        variables = {**os.environ, **SILENT, "CUDA_EMULATION_FLAVOUR": flavour, "PYTHONMALLOC": "malloc"}
+        variables |= {"TSAN_OPTIONS": "atexit_sleep_ms=0 halt_on_error=1", **environment}
         run = subprocess.run(
-            [*command, "--noconftest", "-p", "no:cacheprovider", "-k", "test_kernels", __file__],
+            [*command, "-p", "no:cacheprovider", "--capture=sys", *arguments],
             capture_output=True,
             text=True,
-            env={**os.environ, **SILENT, "CUDA_EMULATION_FLAVOUR": flavour, "PYTHONMALLOC": "malloc"},
+            env=variables,
+            cwd=ROOT,
         )
         assert run.returncode == 0, run.stdout + run.stderr
         assert "Sanitizer" not in run.stdout + run.stderr
+
+    @pytest.mark.parametrize("flavour", RUNTIMES)
+    def test_flavour(flavour: str) -> None:
+        """The kernels' tests above."""
+        build(flavour, "correct.so")
+        run_flavour(flavour, "--noconftest", "-k", "test_kernels", __file__)
+
+    @pytest.mark.parametrize("orders", ORDERS)
+    @pytest.mark.parametrize("flavour", ["address", "thread"])
+    def test_schedules(flavour: str, orders: str) -> None:
+        """No race, no access out of bounds in rast's kernels and backend, in whatever order things run."""
+        chosen = [] if FULL else ["-k", SHORT[flavour]]
+        tests = ["--confcutdir=tests/cuda", "tests/cuda/test_schedules.py"]
+        run_flavour(flavour, *chosen, *tests, CUDA_SCHEDULES=orders)
+
+    if FULL:
+
+        @pytest.mark.parametrize("name", KERNELS)
+        def test_kernels_and_backend_under_address_sanitizer(name: str) -> None:
+            conftest = [] if name == "test_backend.py" else ["--confcutdir=tests/cuda"]
+            run_flavour("address", *conftest, f"tests/cuda/{name}", CUDA_EMULATION_SEED="1", RAST_TEST_FULL="")
 
 
 # ---- launches, devices, errors ---------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-EMULATED = "RAST_CUDA_LIBRARY" not in os.environ
+from device import EMULATED, ROOT, emulated_library
 
 
 @cache
@@ -19,10 +18,7 @@ def library() -> Path:
     """The backend's shared object; the emulated one is built when it is out of date."""
     if not EMULATED:
         return Path(os.environ["RAST_CUDA_LIBRARY"])
-    command = ["make", "--silent", "-f", "tests/cuda_emulation/Makefile"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ROOT / "build" / "emulated" / "plain" / "librast_cuda.so"
+    return emulated_library()
 
 
 class Alive(ctypes.Structure):

@@ -1,7 +1,7 @@
 """The kernels' launchers and device memory, called with ctypes; C structs as Python sees them, passes, 16-bit floats.
 
 The library is $RAST_CUDA_LIBRARY (kernels and backend with all symbols visible); by default the one built for the host
-against the emulation in tests/cuda_emulation/, which is made when it is missing or old.
+against the emulation in tests/cuda_emulation/ ($CUDA_EMULATION_FLAVOUR: its sanitizer), made when it is missing or old.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy.typing as npt
 
 ROOT = Path(__file__).parents[2]
 FULL = bool(os.environ.get("RAST_TEST_FULL"))
+EMULATED = "RAST_CUDA_LIBRARY" not in os.environ
+FLAVOUR = os.environ.get("CUDA_EMULATION_FLAVOUR", "plain")
 
 F32, BF16, F16 = 0, 1, 2
 TYPES = {"f32": F32, "bf16": BF16, "f16": F16}
@@ -107,6 +110,7 @@ _LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "copy_blocks": (POINTER, I32, SIZE, U64, I32),
     "convert": (U64, I32, U64, I32, SIZE),
     "transfer": (POINTER, POINTER, I32, I32, U64),
+    "saved": (U64, U64, I32, I32, U64, SIZE),
 }
 _SCRATCH: dict[str, tuple[Any, ...]] = {"attention": (POINTER, POINTER), "transfer": (POINTER, I32)}
 
@@ -185,21 +189,23 @@ class Memory:
             assert self.library.cudaFree(p) == 0
 
 
+@cache
+def emulated_library() -> Path:
+    """Kernels and backend against the emulation; built when they are out of date."""
+    sanitizer = "" if FLAVOUR == "plain" else FLAVOUR
+    command = ["make", "--silent", "-j2", "-f", "tests/cuda_emulation/Makefile", f"SANITIZE={sanitizer}"]
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's runtime
+    made = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return ROOT / "build" / "emulated" / FLAVOUR / "librast_cuda.so"
+
+
 class Device:
     """The library. Launchers are methods: device.embed(pass, weights, y)."""
 
     def __init__(self) -> None:
-        path = os.environ.get("RAST_CUDA_LIBRARY")
-        if not path:
-            made = subprocess.run(
-                ["make", "--silent", "-j2", "-f", "tests/cuda_emulation/Makefile"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-            )
-            assert made.returncode == 0, made.stdout + made.stderr
-            path = str(ROOT / "build/emulated/plain/librast_cuda.so")
-        self.library = ctypes.CDLL(path)
+        path = emulated_library() if EMULATED else Path(os.environ["RAST_CUDA_LIBRARY"])
+        self.library = ctypes.CDLL(str(path))
         for name in ("cudaMalloc", "cudaMemcpy", "cudaFree", "cudaDeviceSynchronize", "cudaGetLastError"):
             getattr(self.library, name).restype = ctypes.c_int
         for name, arguments in _LAUNCHERS.items():
@@ -237,6 +243,11 @@ class Device:
             yield memory
         finally:
             memory.free()
+
+    def schedule(self, seed: int) -> None:
+        """Orders of threads, blocks and streams from now on, where devices are emulated; 0: the natural ones."""
+        if EMULATED:
+            self.library.cuda_emulation_seed(U64(seed))
 
     def check(self) -> None:
         assert self.library.cudaGetLastError() == 0

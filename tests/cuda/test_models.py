@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backend import library
+from backend import EMULATED, library
 from oracle import (
     ARCHITECTURES,
     FULL,
@@ -177,3 +177,97 @@ def test_padded_vocabulary_and_missing_rows(zoo: ModelZoo) -> None:
     got, want = (details(model, prompts, do_sample=False, max_new_tokens=6) for model in (cuda, cpu))
     assert_same(got, want)
     assert np.isneginf(np.stack(got.logits)[..., 311:]).all()
+
+
+def test_renamed_special_tokens(zoo: ModelZoo) -> None:
+    """Ids that mean something else in the pair: in a batch, drawn, and beside outputs that do not use the pair."""
+    base = zoo.folder("qwen2", vocab_size=320, tokenizer="<s>,<fim>,</s>,<fim2>")
+    pair = [zoo.folder("qwen2-tied", seed=s, vocab_size=310, tokenizer="<s>,<think>,</s>,</think>") for s in (1, 2)]
+    with pytest.warns(UserWarning, match="think|fim"):
+        cuda, cpu = both(base, *pair)
+    prompts = random_prompts(5, 300, seed=2, low=1, high=40)
+    for strength in (1.0, -0.7):
+        assert_logits_close(*(model.forward(prompts, transfer_strength=strength) for model in (cuda, cpu)))
+    strengths = [[1], [0], [0.5], [0], [-1]]
+    for options in (dict(do_sample=False), dict(do_sample=True, seed=4, top_p=0.9, temperature=3.0)):
+        options = dict(max_new_tokens=8, transfer_strength=strengths) | options
+        assert_same(*(details(model, prompts, **options) for model in (cuda, cpu)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_roles_of_other_depths_and_types(zoo: ModelZoo, dtype: str) -> None:
+    """None of which run together; "auto" is bfloat16 for the base, float32 and float16 for the pair."""
+    shapes = [("bfloat16", 3, 0), ("float32", 1, 1), ("float16", 2, 2)]
+    folders = [zoo.folder("qwen2", seed=seed, dtype=kind, num_hidden_layers=n) for kind, n, seed in shapes]
+    cuda, cpu = both(*folders, dtype=dtype)
+    prompts = random_prompts(4, cpu.vocab_size, seed=8, low=2, high=60)
+    if dtype == "float32":
+        assert_same(*(details(model, prompts, max_new_tokens=8, do_sample=False) for model in (cuda, cpu)))
+        return
+    assert len({net["dtype"] for net in cuda.info()["nets"]}) == 3
+    exact, got, want = (model.forward(prompts[0], return_components=True) for model in (load_rast(*folders), cuda, cpu))
+    assert_logits_close(got.experts[0], exact.experts[0], context="float32")
+    for name in ("logits", "base", "antiexperts"):
+        a, b, c = (np.asarray(getattr(parts, name)) for parts in (exact, got, want))
+        assert 0 < kl_divergence(a, b).mean() <= 1.5 * kl_divergence(a, c).mean() + 1e-6, name
+
+
+def assert_drafted(got: Any, plain: Any, context: str) -> None:
+    """Rows of a generation with drafts are those without: on a real device up to the first near-tie, since products of
+    other numbers of rows round differently."""
+    logits, want = (np.stack(out.logits, axis=1) for out in (got, plain))
+    start = got.sequences.shape[1] - logits.shape[1]
+    for row in range(len(logits)):
+        same = got.sequences[row, start:] == plain.sequences[row, start:]
+        n = len(same) if same.all() else int(np.argmin(same))
+        live = min(n + 1, int(np.isfinite(want[row].max(axis=1)).sum()))
+        assert_logits_close(logits[row, :live], want[row, :live], context=f"{context}, row {row}")
+        if n < len(same):
+            assert not EMULATED, f"{context}, row {row}, token {n}"
+            chosen = [want[row, n, out.sequences[row, start + n]] for out in (got, plain)]
+            assert abs(chosen[0] - chosen[1]) <= 1e-3 * np.abs(want[row, n]).max(), f"{context}, row {row}, token {n}"
+
+
+ALL = [(dtype, graphs) for dtype in ("float32", "bfloat16") for graphs in ("1", "0")]
+
+
+@pytest.mark.parametrize(("dtype", "graphs"), ALL if FULL else [ALL[0], ALL[3]])
+def test_drafts(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatch, dtype: str, graphs: str) -> None:
+    """Two pairs, the first near the target: greedy, penalties, masks and other strengths side by side."""
+    monkeypatch.setenv("RAST_CUDA_GRAPHS", graphs)
+    shape = dict(num_hidden_layers=1, vocab_size=311)
+    base, expert, *others = (str(zoo.folder("qwen2", seed=seed, **shape)) for seed in range(4))
+    pairs = [rast.TransferPair(expert, base, 0.8), rast.TransferPair(*others, 0.1)]
+    cuda, cpu = both(base, pairs=pairs, dtype=dtype)
+    prompts = random_prompts(4, 311, seed=6, low=3, high=40)
+    every: dict[str, dict[str, Any]] = {
+        "greedy": dict(do_sample=False),
+        "penalty": dict(do_sample=False, repetition_penalty=1.3, suppress_tokens=[3, 4]),
+        "strengths": dict(do_sample=False, transfer_strength=[[0.8, 0.1], [1, 0], [0, 0], [0.9, -0.1]]),
+    }
+    for name, options in every.items():
+        options = dict(max_new_tokens=10) | options
+        plain = details(cuda, prompts, num_assistant_tokens=0, **options)
+        before = cuda.cache_info()
+        for k in (3, "auto"):
+            assert_drafted(details(cuda, prompts, num_assistant_tokens=k, **options), plain, f"{name}, {k} drafts")
+        after = cuda.cache_info()
+        assert after["accepted"] > before["accepted"], name
+        assert after["rejected"] > before["rejected"], name
+        if dtype == "float32":
+            assert_same(plain, details(cpu, prompts, **options))
+
+
+def test_drawn_drafts(zoo: ModelZoo) -> None:
+    """Draws with drafts are the CPU's without them: keys of draws are seldom near-ties."""
+    shape = dict(num_hidden_layers=1, vocab_size=311)
+    base, expert = (str(zoo.folder("qwen2", seed=seed, **shape)) for seed in range(2))
+    cuda, cpu = both(base, pairs=[rast.TransferPair(expert, base, 0.8)])
+    prompts = random_prompts(4, 311, seed=6, low=3, high=40)
+    options: dict[str, Any] = dict(
+        do_sample=True, seed=3, top_k=20, top_p=0.95, num_return_sequences=2, max_new_tokens=10
+    )
+    want = details(cpu, prompts, num_assistant_tokens=0, **options)
+    for k in (0, 2, "auto"):
+        assert_same(details(cuda, prompts, num_assistant_tokens=k, **options), want)
+    assert cuda.cache_info()["accepted"] > 0

@@ -216,6 +216,19 @@ def test_convert(device: Device, memory: Memory, source: str, target: str, n: in
     untouched(got[n:], TYPES[target])
 
 
+@pytest.mark.parametrize(("n_vocab", "padding"), [(1, 0), (70, 2), (257, 3), (1028, 0)])
+def test_saved(device: Device, memory: Memory, n_vocab: int, padding: int) -> None:
+    """Kept rows replace some rows of a product, whose padding stays."""
+    rng = np.random.default_rng([9, n_vocab])
+    row = np.array([2, -1, 0, 2, -1], np.int32)
+    saved, logits = rows_of(rng, 3, n_vocab), rows_of(rng, len(row), n_vocab + padding)
+    at = memory.to_device(logits)
+    device.saved(memory.to_device(saved), memory.to_device(row), len(row), n_vocab, at, n_vocab + padding)
+    want = logits.copy()
+    want[row >= 0, :n_vocab] = saved[row[row >= 0]]
+    np.testing.assert_array_equal(memory.to_host(at, logits.copy()), want)
+
+
 def key_order(kind: int, head_dim: int) -> Array:
     """[head_dim, BLOCK]: where in a head's K a dimension of a token is (kernels/attention.h)."""
     x = 2 if head_dim % 8 else (4 if kind == F32 else 8)

@@ -10,6 +10,7 @@
 #include "mma.h"
 #include "runtime.h"
 
+#include <set>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,6 +74,12 @@ constexpr size_t STACK = 128 * 1024;
 
 Fiber scheduler;
 Fiber *running;
+constexpr size_t MOST_FIBERS = 6000; /* ThreadSanitizer cannot tell more than 8128 threads apart */
+size_t n_fibers;
+std::set<Context *> &contexts() {
+    static auto *all = new std::set<Context *>();
+    return *all;
+}
 Ordering orderings[1025], *free_orderings; /* a thread waits for at most one */
 char *shared_memory;                       /* 256 KiB between pages without access */
 constexpr size_t SHARED = 256 * 1024;
@@ -136,6 +143,7 @@ Fiber *new_fiber() {
     f->bottom = p + PAGE;
     f->size = STACK;
     f->tsan = tsan_create_fiber();
+    n_fibers++;
     return f;
 }
 
@@ -144,7 +152,19 @@ void delete_fiber(Fiber *f) {
     char *p = f->bottom - PAGE;
     __asan_unpoison_memory_region(f->bottom, f->size);
     tsan_destroy_fiber(f->tsan);
+    n_fibers--;
     munmap(p, PAGE + STACK + head); /* intercepted: accesses to the stack are forgotten */
+}
+
+/* Room for n more fibers, at the cost of contexts that do not run now. */
+void make_room(size_t n, const Context *running_one) {
+    for (Context *c : contexts()) {
+        if (n_fibers + n <= MOST_FIBERS) return;
+        if (c == running_one) continue;
+        for (Fiber *f : c->fibers) delete_fiber(f);
+        c->fibers.clear();
+        c->next_fiber = 0;
+    }
 }
 
 void switch_to(Fiber *to) {
@@ -365,6 +385,7 @@ void run_block(Context &context) {
 #else
     const size_t sets = 1;
 #endif
+    if (context.fibers.size() < n * sets) make_room(n * sets - context.fibers.size(), &context);
     while (context.fibers.size() < n * sets) context.fibers.push_back(new_fiber());
     if (context.next_fiber + n > context.fibers.size()) context.next_fiber = 0;
     for (unsigned i = 0; i < n; i++) {
@@ -420,8 +441,9 @@ uint64_t gcd(uint64_t a, uint64_t b) { return b ? gcd(b, a % b) : a; }
 
 } // namespace
 
-Context::Context() : tsan(tsan_create_fiber()) {}
+Context::Context() : tsan(tsan_create_fiber()) { contexts().insert(this); }
 Context::~Context() {
+    contexts().erase(this);
     for (Fiber *f : fibers) delete_fiber(f);
     tsan_destroy_fiber(tsan);
 }

@@ -6,6 +6,7 @@
 #include "sanitizer.h"
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,7 @@ struct Context {          /* one order of execution: a stream, or a branch of a 
     void *tsan = nullptr; /* in order, as a ThreadSanitizer fiber */
     std::vector<Fiber *> fibers;
     size_t next_fiber = 0;
+    std::vector<std::unique_ptr<Context>> branches; /* of a stream: where graphs fork */
     Context();
     ~Context();
     Context(const Context &) = delete;

@@ -42,7 +42,6 @@ struct CUgraph_st {
 
 struct CUgraphExec_st {
     std::shared_ptr<CUgraph_st> graph; /* its own copy */
-    std::vector<std::unique_ptr<Context>> branches;
 };
 
 struct CUstream_st {
@@ -714,7 +713,6 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsig
     if (!exec || !has(queues().graphs, graph)) return call.end(cudaErrorInvalidValue);
     cudaGraphExec_t x = new CUgraphExec_st();
     x->graph = std::make_shared<CUgraph_st>(*graph);
-    for (int i = 0; i < graph->branches; i++) x->branches.emplace_back(new Context());
     queues().execs.push_back(x);
     alive().graph_execs++;
     *exec = x;
@@ -728,13 +726,14 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
     return call.end(stream_exists(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle);
 }
 
-/* All nodes, in an order that their dependencies allow; ThreadSanitizer sees each branch on its own. */
+/* All nodes, in an order that their dependencies allow; ThreadSanitizer sees each branch on its own: the first as the stream. */
 static cudaError_t replay(cudaGraphExec_t exec, Context &stream, void *host) {
     const std::vector<CUgraph_st::Node> &nodes = exec->graph->nodes;
     std::vector<std::unique_ptr<uint64_t>> finished; /* addresses for ThreadSanitizer */
     for (size_t i = 0; i <= nodes.size(); i++) finished.emplace_back(new uint64_t(0));
     std::vector<char> done(nodes.size());
     tsan_release(finished.back().get());
+    while ((int)stream.branches.size() + 1 < exec->graph->branches) stream.branches.emplace_back(new Context());
     for (size_t left = nodes.size(); left; left--) {
         std::vector<size_t> able;
         for (size_t i = 0; i < nodes.size(); i++) {
@@ -744,7 +743,7 @@ static cudaError_t replay(cudaGraphExec_t exec, Context &stream, void *host) {
             if (may && !settings().seed) break;
         }
         const size_t i = able[random_below((uint32_t)able.size())];
-        Context &branch = *exec->branches[(size_t)nodes[i].branch];
+        Context &branch = nodes[i].branch ? *stream.branches[(size_t)nodes[i].branch - 1] : stream;
         tsan_switch_to_fiber(branch.tsan);
         tsan_acquire(finished.back().get());
         for (int before : nodes[i].after) tsan_acquire(finished[(size_t)before].get());
