@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", nargs="*", default=["auto"], help="numbers of drafts to measure, or auto")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1 (default: greedy)")
+    parser.add_argument("--lookup", action="store_true", help="also the base alone with drafts from earlier tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the predictions for larger models")
     args = parser.parse_args()
@@ -197,6 +198,8 @@ def main() -> None:
         "base alone": Decoder(model, batches, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
         "plain": Decoder(model, batches, args.tokens, num_assistant_tokens=0, **how),
     }
+    if args.lookup:
+        contestants["base, auto"] = Decoder(model, batches, args.tokens, transfer_strength=0.0, **how)
     for k in args.drafts:
         number = k if k == "auto" else int(k)
         contestants[f"drafts {k}"] = Decoder(model, batches, args.tokens, num_assistant_tokens=number, **how)

@@ -20,13 +20,13 @@ enum {
     DRAFT_LATEST = 192, /* and how many more after some in vain */
     CERTAIN = 2,        /* measurements; one may have been disturbed */
 };
-static const float WORTH = 1.02f;                                    /* drafts have to gain so much */
+static const float WORTH = 1.05f;                                    /* drafts have to gain so much */
 static const float FIRST[RAST_DRAFT_SOURCES] = {.7f, .3f, .4f, .6f}; /* acceptance while nothing is known */
 static const float OF_ALL = 4;      /* what all samples' acceptance counts, in drafts, beside a sample's own */
 static const float FORGET = .97f;   /* with each step that checks drafts */
 static const float FADE = .99f;     /* with each step that does not */
 static const float UNLIKELY = .02f; /* to stand: not worth a look */
-static const float NUDGE = 1.05f;
+static const float NUDGE = 1.03f;
 static const float DISTURBED = 1.5f; /* what is known, beside a new time: it was not the step */
 
 /* ---- what steps take ----------------------------------------------------------------------------------------------- */
@@ -44,22 +44,45 @@ static int is_known(const rast_costs *c, rast_pace_kind kind, size_t width) {
     return c->step[kind][width].times >= CERTAIN;
 }
 
-/* Seconds of a step of so many rows: as measured, or between measured neighbours. Beyond them as the next one, or as much of a
- * plain step as it reads of the weights, so that an unknown width looks cheap and is tried. */
+/* What a step of all nets is known to take at a width, by one of its kind, else by a check: which reads less. 0: it is not. */
+static float plain_at(const rast_costs *c, size_t width) {
+    if (is_known(c, RAST_PACE_PLAIN, width)) return c->step[RAST_PACE_PLAIN][width].seconds;
+    if (!is_known(c, RAST_PACE_CHECK, width)) return 0;
+    return c->step[RAST_PACE_CHECK][width].seconds / c->share[RAST_PACE_CHECK];
+}
+
+/* On the line through what two widths take. */
+static float between(size_t width, size_t lo, float at_lo, size_t hi, float at_hi) {
+    if (lo == hi) return at_lo;
+    const float share = (float)(WIDTH[width] - WIDTH[lo]) / (float)(WIDTH[hi] - WIDTH[lo]);
+    return at_lo + share * (at_hi - at_lo);
+}
+
+/* Seconds of a step of all nets: as known, or between known neighbours, or beyond them on the same line; with a single one,
+ * like it: so an unknown width looks cheap and is tried. 0: nothing is known. */
+static float plain_cost(const rast_costs *c, size_t width) {
+    size_t lo = width, hi = width;
+    while (lo > 0 && plain_at(c, lo) == 0) lo--;
+    while (hi + 1 < RAST_PACE_WIDTHS && plain_at(c, hi) == 0) hi++;
+    const float below = plain_at(c, lo), above = plain_at(c, hi);
+    if (below == 0) return above;
+    if (above > 0) return between(width, lo, below, hi, above);
+    size_t before = lo;
+    while (before > 0 && (before == lo || plain_at(c, before) == 0)) before--;
+    const float least = plain_at(c, before);
+    return least > 0 && least < below ? between(width, before, least, lo, below) : below;
+}
+
+/* Seconds of a step of so many rows. Outside of what was measured: as much of a step of all nets as it reads of the weights. */
 static float cost(const rast_costs *c, rast_pace_kind kind, size_t rows) {
     if (!rows) return 0;
-    const size_t at = width_of(rows);
-    size_t lo = at, hi = at;
+    const size_t width = width_of(rows);
+    size_t lo = width, hi = width;
     while (lo > 0 && !is_known(c, kind, lo)) lo--;
     while (hi + 1 < RAST_PACE_WIDTHS && !is_known(c, kind, hi)) hi++;
-    const float below = is_known(c, kind, lo) ? c->step[kind][lo].seconds : 0;
-    const float above = is_known(c, kind, hi) ? c->step[kind][hi].seconds : 0;
-    if (lo == hi) return below;
-    if (below > 0 && above > 0)
-        return below + (above - below) * (float)(WIDTH[at] - WIDTH[lo]) / (float)(WIDTH[hi] - WIDTH[lo]);
-    if (kind == RAST_PACE_PLAIN) return below + above;
-    const float part = c->share[kind] * cost(c, RAST_PACE_PLAIN, rows);
-    return above > 0 ? fminf(part, above) : fmaxf(part, below);
+    if (is_known(c, kind, lo) && is_known(c, kind, hi))
+        return between(width, lo, c->step[kind][lo].seconds, hi, c->step[kind][hi].seconds);
+    return c->share[kind] * plain_cost(c, width);
 }
 
 /* A step of `rows` rows, `undrafted` of them of samples whose drafts no net drew: for these all nets run. */
@@ -68,13 +91,21 @@ static float cost_of_check(const rast_costs *c, size_t rows, size_t undrafted) {
     return cost(c, RAST_PACE_CHECK, rows) + cost(c, RAST_PACE_DRAFT, undrafted);
 }
 
-/* Steps are tried up to twice as wide as any before. */
+/* Steps are tried up to half as wide again as any before. */
 static size_t widest(const rast_engine *e) {
     const rast_costs *c = &e->pace.costs[e->pace.set];
     size_t i = RAST_PACE_WIDTHS - 1;
-    while (i && !is_known(c, RAST_PACE_PLAIN, i) && !is_known(c, RAST_PACE_CHECK, i)) i--;
-    const size_t rows = 2 * (size_t)WIDTH[i], most = (size_t)e->max_rows;
+    while (i && plain_at(c, i) == 0) i--;
+    const size_t rows = (3 * (size_t)WIDTH[i] + 1) / 2, most = (size_t)e->max_rows;
     return rows < most ? rows : most;
+}
+
+/* Plain steps of this width were measured, or narrower and wider ones. */
+static int is_plain_known(const rast_costs *c, size_t width) {
+    size_t lo = width, hi = width;
+    while (lo > 0 && !is_known(c, RAST_PACE_PLAIN, lo)) lo--;
+    while (hi + 1 < RAST_PACE_WIDTHS && !is_known(c, RAST_PACE_PLAIN, hi)) hi++;
+    return is_known(c, RAST_PACE_PLAIN, lo) && is_known(c, RAST_PACE_PLAIN, hi);
 }
 
 /* A step of the base alone says nothing about one of all nets: the costs of the last few sets are kept, each apart. */
@@ -240,7 +271,7 @@ void rast_pace_choose(rast_engine *e) {
         nets |= is_auto(s) && rast_sample_draft_net(s);
     }
     if (!any) return;
-    if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_known(c, RAST_PACE_PLAIN, width_of(n))) {
+    if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
         p->since_plain = 0;
         return;
     }
