@@ -123,6 +123,7 @@ typedef struct {
     uint32_t given;    /* while drafts are handed out: how many it has, of which source, */
     int32_t given_source;
     float accepts, chance; /* how often one stands after those before it, and whether all stand and one more */
+    float extra;           /* tokens that they are worth on average */
     int32_t first_saved;   /* row of saved logits for its first draw, the others follow */
     uint32_t first_draw;   /* draws of this pass begin so far behind the next one: > 0 while drafting */
     size_t first_out, n_prompt_out, n_draw_out;

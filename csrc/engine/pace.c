@@ -3,7 +3,7 @@
  * A draft stands only if those before it do: with acceptance a, a sequence's draft number j adds a^j tokens on average. It costs
  * a row of the step that checks it and, if a net draws it, a row of that net's pass number j (and of one pass more, behind the
  * last draft). So drafts are handed out one after the other, each to the sequence where the next one stands most likely, and of
- * all numbers the one is taken with the best ratio of tokens to seconds: 0 where drafts do not pay.
+ * all numbers the one is taken with the best ratio of what it is worth to seconds: 0 where drafts do not pay.
  *
  * Seconds are those that steps of so many rows have taken on this machine, acceptance is what became of earlier drafts. Both
  * change, and what is not tried is not known: now and then a step goes without drafts, or one sequence has a single one. No token
@@ -196,7 +196,7 @@ static void begin_handing_out(rast_engine *e, int grams) {
         rast_sample *s = e->running[i];
         s->given = 0;
         s->given_source = grams && s->gram ? rast_gram_source(s->gram) : 0;
-        s->accepts = s->chance = 0;
+        s->accepts = s->chance = s->extra = 0;
         if (is_auto(s) && (s->given_source || rast_sample_draft_net(s)))
             s->accepts = s->chance = acceptance(&e->pace, s, s->given_source);
     }
@@ -215,17 +215,40 @@ static float one_more(const rast_costs *c, size_t *rows) {
     return cost(c, RAST_PACE_DRAFT, ++*rows) - before;
 }
 
-/* Gives drafts out as long as there are rows. The number with the most tokens a second, if more than *best, is kept. */
+/* The share of its row in what a sequence costs, beside what a step costs anyway. */
+static float share_of_rows(const rast_costs *c, size_t n) {
+    const float all = cost(c, RAST_PACE_PLAIN, n), one = cost(c, RAST_PACE_PLAIN, 1);
+    return n > 1 ? fminf(fmaxf((all - one) / (float)(n - 1) * (float)n / all, 0), 1) : 1;
+}
+
+/* Tokens that a step is worth. Where others wait for a place, those that it gives. Else a sequence that gets ahead only saves its
+ * row in the steps that the others still need; steps are saved when the one that needs the most needs less. */
+static float worth(const rast_engine *e, float share) {
+    float sum = 0, steps = 0, plain_steps = 0;
+    for (size_t i = 0; i < e->n_running; i++) {
+        const rast_sample *s = e->running[i];
+        const float left = (float)((size_t)s->job->stop.max_new - rast_sample_n_new(s));
+        sum += s->extra;
+        steps = fmaxf(steps, left / (1 + s->extra));
+        plain_steps = fmaxf(plain_steps, left);
+    }
+    const float n = (float)e->n_running;
+    if (e->n_parked || e->next_job || steps <= 0) return n + sum;
+    return n + share * sum + (1 - share) * n * (plain_steps / steps - 1);
+}
+
+/* Gives drafts out as long as there are rows. The number that is worth the most a second, if more than *best, is kept. */
 static void hand_out(rast_engine *e, int grams, float *best) {
     const rast_costs *c = &e->pace.costs[e->pace.set];
     const size_t n = e->n_running, limit = widest(e);
     size_t rows = n, undrafted = n, n_drawn[RAST_PACE_MOST + 1] = {0}; /* rows of each pass that draws */
-    float tokens = (float)n, drawing = 0;
+    const float share = share_of_rows(c, n);
+    float drawing = 0;
     begin_handing_out(e, grams);
     for (size_t n_given = 1; rows < limit; n_given++) {
         rast_sample *s = most_likely(e);
         if (s->chance < UNLIKELY) return;
-        tokens += s->chance;
+        s->extra += s->chance;
         rows++;
         if (s->given_source) {
             undrafted++;
@@ -236,7 +259,7 @@ static void hand_out(rast_engine *e, int grams, float *best) {
         s->given++;
         s->chance = s->given < s->most ? s->chance * s->accepts : 0;
         if (n_given % (1 + n / 8)) continue; /* so that large batches need no more time for it */
-        const float rate = tokens / (drawing + cost_of_check(c, rows, undrafted));
+        const float rate = worth(e, share) / (drawing + cost_of_check(c, rows, undrafted));
         if (rate <= *best) continue;
         *best = rate;
         for (size_t i = 0; i < n; i++)
