@@ -2,8 +2,8 @@
  *
  * A draft stands only if those before it do: with acceptance a, a sequence's draft number j adds a^j tokens on average. It costs
  * a row of the step that checks it and, if a net draws it, a row of that net's pass number j (and of one pass more, behind the
- * last draft). So drafts are handed out one after the other, each to the sequence where the next one stands most likely, and of
- * all numbers the one is taken with the best ratio of what it is worth to seconds: 0 where drafts do not pay.
+ * last draft). So drafts are handed out one after the other, and of all numbers the one is taken with the best ratio of what it is
+ * worth to seconds: 0 where drafts do not pay.
  *
  * Seconds are those that steps of so many rows have taken on this machine, acceptance is what became of earlier drafts. Both
  * change, and what is not tried is not known: now and then a step goes without drafts, or one sequence has a single one. No token
@@ -91,13 +91,14 @@ static float cost_of_check(const rast_costs *c, size_t rows, size_t undrafted) {
     return cost(c, RAST_PACE_CHECK, rows) + cost(c, RAST_PACE_DRAFT, undrafted);
 }
 
-/* Steps are tried up to half as wide again as any before. */
+/* Steps are tried up to half as wide again as any before, or with a draft for everyone. */
 static size_t widest(const rast_engine *e) {
     const rast_costs *c = &e->pace.costs[e->pace.set];
     size_t i = RAST_PACE_WIDTHS - 1;
     while (i && plain_at(c, i) == 0) i--;
-    const size_t rows = (3 * (size_t)WIDTH[i] + 1) / 2, most = (size_t)e->max_rows;
-    return rows < most ? rows : most;
+    size_t rows = (3 * (size_t)WIDTH[i] + 1) / 2;
+    if (rows < 2 * e->n_running) rows = 2 * e->n_running;
+    return rows < (size_t)e->max_rows ? rows : (size_t)e->max_rows;
 }
 
 /* Plain steps of this width were measured, or narrower and wider ones. */
@@ -202,10 +203,24 @@ static void begin_handing_out(rast_engine *e, int grams) {
     }
 }
 
-static rast_sample *most_likely(const rast_engine *e) {
-    rast_sample *best = e->running[0];
-    for (size_t i = 1; i < e->n_running; i++)
-        if (e->running[i]->chance > best->chance) best = e->running[i];
+/* Others wait for a place in the batch: what it gives counts, not how soon it ends. */
+static int somebody_waits(const rast_engine *e) { return e->n_parked || e->next_job; }
+
+/* Steps that the sample still needs at most, with the drafts that it has. */
+static float steps_left(const rast_sample *s) {
+    return (float)((size_t)s->job->stop.max_new - rast_sample_n_new(s)) / (1 + s->extra);
+}
+
+/* Who gets the next draft: where others wait the one whose draft stands most likely, else the one that needs the most steps. NULL:
+ * no draft is likely to stand. */
+static rast_sample *next_to_get(const rast_engine *e) {
+    const int waits = somebody_waits(e);
+    rast_sample *best = NULL;
+    for (size_t i = 0; i < e->n_running; i++) {
+        rast_sample *s = e->running[i];
+        if (s->chance < UNLIKELY) continue;
+        if (!best || (waits ? s->chance > best->chance : steps_left(s) > steps_left(best))) best = s;
+    }
     return best;
 }
 
@@ -221,19 +236,18 @@ static float share_of_rows(const rast_costs *c, size_t n) {
     return n > 1 ? fminf(fmaxf((all - one) / (float)(n - 1) * (float)n / all, 0), 1) : 1;
 }
 
-/* Tokens that a step is worth. Where others wait for a place, those that it gives. Else a sequence that gets ahead only saves its
- * row in the steps that the others still need; steps are saved when the one that needs the most needs less. */
+/* Tokens that a step is worth. Where others wait, those that it gives. Else a sequence that gets ahead only saves its row in the
+ * steps that the others still need; steps are saved when the one that needs the most needs less. */
 static float worth(const rast_engine *e, float share) {
     float sum = 0, steps = 0, plain_steps = 0;
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
-        const float left = (float)((size_t)s->job->stop.max_new - rast_sample_n_new(s));
         sum += s->extra;
-        steps = fmaxf(steps, left / (1 + s->extra));
-        plain_steps = fmaxf(plain_steps, left);
+        steps = fmaxf(steps, steps_left(s));
+        plain_steps = fmaxf(plain_steps, steps_left(s) * (1 + s->extra));
     }
     const float n = (float)e->n_running;
-    if (e->n_parked || e->next_job || steps <= 0) return n + sum;
+    if (somebody_waits(e) || steps <= 0) return n + sum;
     return n + share * sum + (1 - share) * n * (plain_steps / steps - 1);
 }
 
@@ -246,8 +260,8 @@ static void hand_out(rast_engine *e, int grams, float *best) {
     float drawing = 0;
     begin_handing_out(e, grams);
     for (size_t n_given = 1; rows < limit; n_given++) {
-        rast_sample *s = most_likely(e);
-        if (s->chance < UNLIKELY) return;
+        rast_sample *s = next_to_get(e);
+        if (!s) return;
         s->extra += s->chance;
         rows++;
         if (s->given_source) {
