@@ -272,7 +272,7 @@ static void hand_out(rast_engine *e, int grams, float *best) {
         }
         s->given++;
         s->chance = s->given < s->most ? s->chance * s->accepts : 0;
-        if (n_given % (1 + n / 8)) continue; /* so that large batches need no more time for it */
+        if (n_given % (1 + n / 8) && n_given % n) continue; /* so that large batches need no more time for it */
         const float rate = worth(e, share) / (drawing + cost_of_check(c, rows, undrafted));
         if (rate <= *best) continue;
         *best = rate;
