@@ -224,6 +224,8 @@ typedef struct {
     uint64_t n_choices;                                          /* made so far */
     rast_record record;                                          /* of all samples */
     uint32_t since_plain, since_draft, plain_later, draft_later; /* steps */
+    uint32_t
+        rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */
 } rast_pace;
 
 struct rast_engine {
