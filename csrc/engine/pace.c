@@ -308,6 +308,11 @@ void rast_pace_choose(rast_engine *e) {
         nets |= is_auto(s) && rast_sample_draft_net(s);
     }
     if (!any) return;
+    if (p->rests) {
+        p->rests--;
+        p->since_draft++;
+        return;
+    }
     if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
         p->since_plain = 0;
         return;
@@ -322,6 +327,7 @@ void rast_pace_choose(rast_engine *e) {
         return;
     }
     p->since_plain = 0;
+    p->rests = (uint32_t)n / 8;
     if (++p->since_draft <= DRAFT_LEAST + p->draft_later || !(grams || nets)) return;
     try_a_draft(e);
     p->since_draft = 0;
