@@ -5,6 +5,7 @@
 Expert is SmolLM2-135M, antiexpert a copy with disturbed normalisation weights. The base is SmolLM2 grown to `--size`
 times the cost of one small model by layers that hardly change the residual stream: what they add is `--noise` strong,
 which sets how often drafts stand, while text stays text. Its costs are those of a model with as many weights.
+With `--demo` the models are the demonstration's, and the texts its solutions.
 
 The column "predicted" is the speed-up over plain transfer by the bytes of the models alone: with k drafts a step reads
 the expert k + 1 times and the others once.
@@ -17,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from models import smollm2_gguf
 from turns import measure
 
 import rast
+from rast.demo import evaluate, paths
+from rast.demo.problems import problems
 
 PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
@@ -160,6 +164,48 @@ class Decoder:
         return sum(map(len, self.prompts)) * self.tokens / seconds
 
 
+class Solver:
+    """Tokens a second of solutions to the demonstration's problems, to their ends, `batch` of them at once."""
+
+    def __init__(self, model: rast.RastForCausalLM, batch: int, do_sample: bool, drafts: int | str):
+        asked = list(islice(problems("test", 0), max(40, batch)))
+        self.model, self.batches = model, [asked[i : i + batch] for i in range(0, len(asked), batch)]
+        self.options: dict[str, Any] = {"do_sample": do_sample, "num_assistant_tokens": drafts}
+        self.drafted = self.accepted = self.steps = self.tokens = 0
+
+    def __call__(self) -> float:
+        tokens, start = 0, time.perf_counter()
+        for asked in self.batches:
+            before = self.model.cache_info()
+            out = evaluate.attempt(self.model, asked, **self.options)
+            tokens += sum(map(len, out.new_tokens()))
+            self.accepted += self.model.cache_info()["accepted"] - before["accepted"]
+            self.drafted += self.model.cache_info()["accepted"] - before["accepted"]
+            self.drafted += self.model.cache_info()["rejected"] - before["rejected"]
+            self.steps += int(out.steps.sum())
+        self.tokens += tokens
+        return tokens / (time.perf_counter() - start)
+
+
+def measure_demo(rounds: int) -> None:
+    """Prints speed and acceptance of the demonstration's trio, as Markdown."""
+    folders = paths()
+    model = rast.RastForCausalLM.from_pretrained(
+        folders["large-base"], expert=folders["small-rl"], antiexpert=folders["small-base"], device="cpu"
+    )
+    print("| | batch | plain, tok/s | auto, tok/s | ratio | acceptance | tokens a step |\n|---|" + "---:|" * 6)
+    for do_sample in (False, True):
+        for batch in (1, 8, 32):
+            ways = {str(k): Solver(model, batch, do_sample, k) for k in (0, "auto")}
+            speed = {name: statistics.median(values) for name, values in measure(dict(ways), rounds).items()}
+            auto = ways["auto"]
+            print(
+                f"| {'sampled' if do_sample else 'greedy'} | {batch} | {speed['0']:,.0f} | {speed['auto']:,.0f} | "
+                f"{speed['auto'] / speed['0']:.2f} × | {auto.accepted / max(auto.drafted, 1):.0%} | "
+                f"{auto.tokens / auto.steps:.2f} |"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=5, help="cost of the base in small models")
@@ -170,11 +216,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", nargs="*", default=["auto"], help="numbers of drafts to measure, or auto")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1 (default: greedy)")
+    parser.add_argument("--lookup", action="store_true", help="also the base alone with drafts from earlier tokens")
+    parser.add_argument("--demo", action="store_true", help="measure the demonstration's models")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the predictions for larger models")
     args = parser.parse_args()
     if args.table:
         print_table()
+        return
+    if args.demo:
+        measure_demo(args.rounds)
         return
     if not args.folder:
         parser.error("--folder is needed")
@@ -197,6 +248,8 @@ def main() -> None:
         "base alone": Decoder(model, batches, args.tokens, transfer_strength=0.0, num_assistant_tokens=0, **how),
         "plain": Decoder(model, batches, args.tokens, num_assistant_tokens=0, **how),
     }
+    if args.lookup:
+        contestants["base, auto"] = Decoder(model, batches, args.tokens, transfer_strength=0.0, **how)
     for k in args.drafts:
         number = k if k == "auto" else int(k)
         contestants[f"drafts {k}"] = Decoder(model, batches, args.tokens, num_assistant_tokens=number, **how)

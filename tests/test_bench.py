@@ -52,16 +52,38 @@ def test_json(trio: tuple[Path, Path, Path]) -> None:
     assert report["peak_memory_bytes"] > 1 << 20
     rows = report["results"]
     assert [(row["threads"], row["batch"], row["system"]) for row in rows] == [
-        (threads, batch, system) for threads in (1, 2) for batch in (1, 3) for system in ("base", "transfer")
+        (threads, batch, system) for threads in (1, 2) for batch in (1, 3) for system in ("base", "transfer", "drafts")
     ]
     weights = [net["weight_bytes"] for net in report["nets"]]
     kv = [net["kv_bytes_per_token"] for net in report["nets"]]
     for row in rows:
         assert row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0
+        if row["system"] == "drafts":
+            assert row["acceptance"] is None or 0 <= row["acceptance"] <= 1
+            assert 1 <= row["tokens_per_step"] <= 4 and 0 <= row["drafting_share"] < 1
+            continue
         n = 3 if row["system"] == "transfer" else 1
         step = sum(weights[:n]) + row["batch"] * 10 * sum(kv[:n])  # 10: 8 of the prompt and half of 4
         share = row["decode_tokens_per_second"] / row["batch"] * step / row["memory_bytes_per_second"]
         assert row["roofline_share"] == pytest.approx(share, rel=0.01, abs=1e-4)
+        assert len(row["pass_seconds"]) == n and min(row["pass_seconds"]) >= 0
+        alone = row["batch"] / rows[rows.index(row) - (n == 3)]["decode_tokens_per_second"]
+        assert row["pass_seconds"][0] == pytest.approx(alone, rel=0.01, abs=1e-6)
+
+
+def test_drafts(zoo: ModelZoo) -> None:
+    """The expert is the target: its drafts stand."""
+    base, expert = (str(zoo.folder("qwen2", seed=s, vocab_size=300, num_hidden_layers=2)) for s in range(2))
+    options = ("--expert", expert, "--antiexpert", base, "--batch", 1, "--prompt-tokens", 4, "--new-tokens", 60)
+    result = run(base, *options, "--rounds", 3, "--json")
+    assert result.exit_code == 0, result.stderr
+    base_row, transfer, drafts = json.loads(result.stdout)["results"]
+    assert 0.5 < drafts["acceptance"] <= 1  # not of all those from earlier tokens
+    assert 1 < drafts["tokens_per_step"] <= 13
+    assert "pass_seconds" not in drafts and "acceptance" not in transfer
+    assert len(base_row["pass_seconds"]) == 1 and len(transfer["pass_seconds"]) == 2
+    lines = run(base, *options, "--rounds", 1).stdout.splitlines()
+    assert any("of the drafts stand" in line or "no draft was tried" in line for line in lines)
 
 
 def test_text(trio: tuple[Path, Path, Path]) -> None:

@@ -184,6 +184,22 @@ def test_trio_of_itself_and_a_perturbed_copy(
     np.testing.assert_array_equal(same.forward(prompts[0]), load_rast(gguf_path()).forward(prompts[0]))
 
 
+@pytest.mark.parametrize("how", ["greedy", "sampled"])
+def test_drafts_change_nothing(perturbed: tuple[Path, Any], prompts: list[np.ndarray], how: str) -> None:
+    """The perturbed copy drafts for the mean of itself and the original."""
+    model = load_rast(gguf_path(), perturbed[0], gguf_path(), transfer_strength=0.5)
+    options: dict[str, Any] = dict(do_sample=how == "sampled", seed=1, max_new_tokens=32)
+    want = details(model, prompts, num_assistant_tokens=0, **options)
+    for k in (3, "auto"):
+        before = model.cache_info()
+        got = details(model, prompts, num_assistant_tokens=k, **options)
+        after = model.cache_info()
+        for name in ("sequences", "logprob", "base_token", "base_logprob", "transfer_kl"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=f"{k}: {name}")
+        checked, accepted = (after[name] - before[name] for name in ("drafted", "accepted"))
+        assert k == "auto" or 0.3 * checked < accepted < checked
+
+
 def test_command_line_decodes_real_text() -> None:
     """SmolLM2 as base and, as the pair, itself twice: λ (e − a) is zero, and the text the base's own."""
     path = str(gguf_path())

@@ -66,19 +66,19 @@ def test_no_pair(text_trio: dict[str, Any]) -> None:
     assert 0 < accepted < checked
 
 
-def test_expert_that_is_the_target(text_trio: dict[str, Any]) -> None:
-    """Every draft stands: a step gives one token more than it has drafts."""
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_expert_that_is_the_target(text_trio: dict[str, Any], penalty: float) -> None:
+    """Every draft stands: a step gives one token more than it has drafts. A penalty counts the drafts before."""
     model = load_rast(text_trio["base"], text_trio["pairs"][0].expert, text_trio["base"])
     (prompt,) = random_prompts(1, N_TEXT_TOKENS, seed=6, low=9, high=9)
-    want = run(model, prompt, max_new_tokens=61, num_assistant_tokens=0, **OPTIONS["sampled"])
+    options = OPTIONS["sampled"] | {"max_new_tokens": 61, "repetition_penalty": penalty, "temperature": 0.3}
+    want = run(model, prompt, num_assistant_tokens=0, **options)
     steps = model.cache_info()["steps"]
-    assert_same(run(model, prompt, max_new_tokens=61, num_assistant_tokens=4, **OPTIONS["sampled"]), want)
+    assert_same(run(model, prompt, num_assistant_tokens=4, **options), want)
     checked, accepted = drafts(model)
     assert checked == accepted == 48
     assert model.cache_info()["steps"] - steps == 13
-    out = model.generate(
-        prompt, max_new_tokens=61, num_assistant_tokens=4, return_dict_in_generate=True, **OPTIONS["sampled"]
-    )
+    out = model.generate(prompt, num_assistant_tokens=4, return_dict_in_generate=True, **options)
     assert (out.steps.tolist(), out.drafted.tolist(), out.accepted.tolist()) == ([13], [48], [48])
 
 

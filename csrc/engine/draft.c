@@ -4,11 +4,11 @@
  * draw with the same g, and stands iff it equals the target's own draw at its position (drafter-invariant coupling, arXiv
  * 2408.07978): so no token depends on the drafts. A net that draws k drafts runs k + 1 single rows, one after the other, and
  * its logits are kept: the step that checks runs the other nets only. The other source is free: what followed the latest
- * earlier place with the same last ids (prompt lookup).
+ * earlier place with the same last ids (prompt lookup). pace.c chooses between them, and how many.
  */
 #include "engine.h"
 
-enum { GRAM_MOST = 4, GRAM_LEAST = 2, MAX_ROW_BYTES = 128 << 20 /* of logits in one step, for drafts */ };
+enum { MAX_ROW_BYTES = 128 << 20 /* of logits in one step, for drafts */, SPAN = 64 };
 
 static int has(uint64_t mask, int32_t net) { return mask >> net & 1; }
 
@@ -54,24 +54,29 @@ static void keep_valid(rast_sample *s, size_t n) {
     while (s->n_draft < n && s->draft[s->n_draft] >= 0 && s->draft[s->n_draft] < s->job->limit) s->n_draft++;
 }
 
-/* Where an earlier run of the last ids ends, the longest and latest; 0: nowhere. */
-static size_t find_gram(const int32_t *ids, size_t n) {
-    for (size_t gram = GRAM_MOST; gram >= GRAM_LEAST; gram--)
-        for (size_t end = n - 1; end >= gram && end < n; end--) {
-            size_t same = 0;
-            while (same < gram && ids[end - 1 - same] == ids[n - 1 - same]) same++;
-            if (same == gram) return end;
+/* Finds the longest earlier run of the last ids, and the latest of those. Spans without the last id are passed over as a whole,
+ * by a loop that compilers turn into wide comparisons: a long context's ids are read in far less time than its keys. */
+static void find_gram(rast_sample *s) {
+    const int32_t *ids = s->ids, *last = ids + s->n_ids - 1;
+    s->gram = 0;
+    for (size_t end = s->n_ids - 1, stop; end >= RAST_GRAM_LEAST && s->gram < RAST_GRAM_MOST; end = stop) {
+        int any = 0;
+        stop = end > SPAN ? end - SPAN : 0;
+        for (size_t i = stop; i < end; i++) any |= ids[i] == *last;
+        for (size_t at = end; any && at > stop && s->gram < RAST_GRAM_MOST; at--) {
+            uint32_t same = 0;
+            while (same < RAST_GRAM_MOST && same < at && ids[at - 1 - same] == *(last - same)) same++;
+            if (same >= RAST_GRAM_LEAST && same > s->gram) s->gram = same, s->gram_end = at;
         }
-    return 0;
+    }
 }
 
+/* What followed there; behind the last id it goes on with the drafts themselves. */
 static void look_up(rast_engine *e, rast_sample *s, size_t k) {
-    const size_t at = k ? find_gram(s->ids, s->n_ids) : 0;
-    size_t n = 0;
-    if (!at) return;
     k = take_blocks(e, s, k);
-    for (; n < k && at + n < s->n_ids; n++) s->draft[n] = s->ids[at + n];
-    keep_valid(s, n);
+    for (size_t n = 0, at = s->gram_end; n < k; n++, at++)
+        s->draft[n] = at < s->n_ids ? s->ids[at] : s->draft[at - s->n_ids];
+    keep_valid(s, k);
 }
 
 static void ask_drafter(rast_engine *e, rast_sample *s, size_t k) {
@@ -104,8 +109,23 @@ static void drop_drafts(rast_engine *e) {
     for (size_t i = 0; i < e->n_running; i++) {
         e->running[i]->n_draft = 0;
         e->running[i]->draft_net = 0;
-        e->running[i]->looked_up = 0;
     }
+}
+
+/* How many drafts each sample may have, and from where. */
+static void choose_drafts(rast_engine *e) {
+    int any = 0;
+    for (size_t i = 0; i < e->n_running; i++) {
+        rast_sample *s = e->running[i];
+        const int is_auto = s->job->n_draft == RAST_DRAFT_AUTO;
+        s->most = (uint32_t)most_drafts(e, s);
+        s->gram = 0;
+        if (s->most && !e->drafter && (is_auto || !rast_sample_draft_net(s))) find_gram(s);
+        s->source = s->gram ? rast_gram_source(s->gram) : 0;
+        s->k = s->most;
+        any |= is_auto;
+    }
+    if (any && !e->drafter) rast_pace_choose(e);
 }
 
 int rast_draft(rast_engine *e, rast_error *err) {
@@ -114,35 +134,31 @@ int rast_draft(rast_engine *e, rast_error *err) {
     uint32_t most[RAST_MAX_NETS] = {0};
     int begins = 0;
     drop_drafts(e);
-    rast_pace_choose(e);
+    choose_drafts(e);
     for (size_t i = 0; i < e->n_running; i++) begins |= !rast_sample_n_new(e->running[i]);
     if (begins) spare /= 2; /* the rest is for prompts */
     for (size_t i = 0; i < e->n_running; i++) {
         rast_sample *s = e->running[i];
-        const int32_t net = rast_sample_n_new(s) < s->job->transfer_start ? 0 : s->job->draft_net;
+        const int32_t net = rast_sample_draft_net(s);
         const size_t wanted = rows_wanted(e, s);
-        size_t k = most_drafts(e, s);
+        size_t k = s->k;
         if (k > spare) k = spare;
         if (wanted && k > room / wanted) k = room / wanted;
         if (!k) continue;
         if (e->drafter) {
             ask_drafter(e, s, k);
-        } else {
-            look_up(e, s, rast_pace_grams(e, s, net, k));
-            s->looked_up = s->n_draft > 0;
-            if (s->n_draft) k = 0;
-            k = rast_pace_drafts(e, s, net, k);
+        } else if (s->source) {
+            look_up(e, s, k);
+        } else if (net) {
             const size_t fit = room ? (room - 1) / (wanted + 1) : 0;
-            if (k > fit) k = fit;
-            k = take_blocks(e, s, k);
-            if (k) {
-                s->draft_net = net;
-                s->n_draft = (uint32_t)k;
-                s->first_saved = (int32_t)n_saved;
-                n_saved += k + 1;
-                room -= k + 1;
-                if (most[net] < k) most[net] = (uint32_t)k;
-            }
+            k = take_blocks(e, s, k < fit ? k : fit);
+            if (!k) continue;
+            s->draft_net = net;
+            s->n_draft = (uint32_t)k;
+            s->first_saved = (int32_t)n_saved;
+            n_saved += k + 1;
+            room -= k + 1;
+            if (most[net] < k) most[net] = (uint32_t)k;
         }
         spare -= s->n_draft;
         room -= s->n_draft * wanted;

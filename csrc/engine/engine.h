@@ -83,6 +83,13 @@ double rast_now(void); /* CLOCK_MONOTONIC, seconds */
 
 /* ---- sample.c: one sequence ---------------------------------------------------------------------------------------- */
 
+/* Drafts come from a net, or from behind an earlier run of the last 2 to 4 ids: source 0, then one for each length. */
+enum { RAST_GRAM_LEAST = 2, RAST_GRAM_MOST = 4, RAST_DRAFT_SOURCES = 2 + RAST_GRAM_MOST - RAST_GRAM_LEAST };
+typedef struct
+{ /* what became of drafts, the older the less: those that stood, and those whose predecessors all stood */
+    float stood[RAST_DRAFT_SOURCES], tried[RAST_DRAFT_SOURCES];
+} rast_record;
+
 typedef struct {
     rast_job *job;
     uint32_t index; /* among the job's samples */
@@ -98,8 +105,8 @@ typedef struct {
     int32_t slot;      /* row of history and of drawn; -1: waiting */
     int fresh;         /* drawn[slot] is the last id */
     int history_stale;
-    uint32_t n_reported;    /* prompt positions that went out */
-    float n_stood, n_tried; /* of the net's drafts, the older the less (pace.c) */
+    uint32_t n_reported; /* prompt positions that went out */
+    rast_record record;
     /* this step's plan */
     int scheduled, draws;
     uint64_t copies; /* nets that get the tail's tokens before the passes */
@@ -108,10 +115,17 @@ typedef struct {
     uint32_t *end;   /* [n_nets] tokens in the cache after the pass, drafts included */
     int32_t *draft;  /* [n_draft] tokens that may follow ids */
     uint32_t n_draft;
-    int looked_up;       /* they come from earlier ids */
-    int32_t draft_net;   /* net that drew them and has their rows in its cache already; 0: none */
-    int32_t first_saved; /* row of saved logits for its first draw, the others follow */
-    uint32_t first_draw; /* draws of this pass begin so far behind the next one: > 0 while drafting */
+    int32_t draft_net; /* net that drew them and has their rows in its cache already; 0: none */
+    size_t gram_end;   /* where the latest of the longest earlier runs of the last ids ends */
+    uint32_t gram;     /* ids that are the same there; 0: no such place */
+    uint32_t most, k;  /* drafts that it could have checked; those that pay (rast_pace_choose) */
+    int32_t source;    /* of these: 0 the net, else a gram */
+    uint32_t given;    /* while drafts are handed out: how many it has, of which source, */
+    int32_t given_source;
+    float accepts, chance; /* how often one stands after those before it, and whether all stand and one more */
+    float extra;           /* tokens that they are worth on average */
+    int32_t first_saved;   /* row of saved logits for its first draw, the others follow */
+    uint32_t first_draw;   /* draws of this pass begin so far behind the next one: > 0 while drafting */
     size_t first_out, n_prompt_out, n_draw_out;
     int32_t first_logits, first_scores, first_parts; /* rows of its outputs, where it asks for them */
 } rast_sample;
@@ -134,6 +148,10 @@ static inline size_t rast_sample_last_block(const rast_sample *s) {
 /* Nets that take part in the next draw. */
 static inline uint64_t rast_sample_draw_mask(const rast_sample *s) {
     return rast_sample_n_new(s) < s->job->transfer_start ? 1 : s->job->active;
+}
+/* The net whose draws are drafts of the next token; 0: none. */
+static inline int32_t rast_sample_draft_net(const rast_sample *s) {
+    return rast_sample_n_new(s) < s->job->transfer_start ? 0 : s->job->draft_net;
 }
 /* Appends a token and says whether the sample ends with it. */
 rast_finish rast_sample_append(const rast_model *m, rast_sample *s, int32_t token);
@@ -201,17 +219,22 @@ typedef struct { /* an array on the device and its copy here, grown as wanted */
 enum { RAST_PACE_MOST = 12, RAST_PACE_WIDTHS = 24, RAST_PACE_SETS = 4 };
 typedef enum { RAST_PACE_PLAIN = 0, RAST_PACE_DRAFT = 1, RAST_PACE_CHECK = 2, RAST_PACE_KINDS } rast_pace_kind;
 typedef struct {
-    uint64_t nets;                                    /* that take part in the steps' draws */
-    uint64_t used;                                    /* when */
-    float seconds[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* of a step, by rows; 0: not measured */
+    uint64_t nets;                /* that take part in the steps' draws */
+    uint64_t used;                /* when */
+    float share[RAST_PACE_KINDS]; /* of these nets' bytes that a step reads */
+    struct {
+        float seconds;
+        uint32_t times;                        /* measured, 2: or more */
+    } step[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* by rows */
 } rast_costs;
 typedef struct {
     rast_costs costs[RAST_PACE_SETS];
-    int32_t set;                       /* whose costs are this step's */
-    uint64_t n_steps;                  /* chosen for */
-    float n_stood[2], n_tried[2];      /* of drafts from a net, from earlier ids */
-    uint32_t k, grams;                 /* how many a sample takes in this step */
-    uint32_t since_plain, since_draft; /* steps */
+    int32_t set;                                                 /* whose costs are this step's */
+    uint64_t n_choices;                                          /* made so far */
+    rast_record record;                                          /* of all samples */
+    uint32_t since_plain, since_draft, plain_later, draft_later; /* steps */
+    uint32_t
+        rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */
 } rast_pace;
 
 struct rast_engine {
@@ -287,10 +310,10 @@ void rast_commit(rast_engine *e, rast_sample *s);
 size_t rast_draft_rows(const rast_engine *e);
 int rast_draft(rast_engine *e, rast_error *err);
 
-/* pace.c. Chooses for the coming step; then how many drafts of those k a sample takes from earlier ids, and from a net. */
+/* pace.c. Says for each sample that leaves it to the engine how many drafts pay in the coming step, and from which source. */
 void rast_pace_choose(rast_engine *e);
-size_t rast_pace_grams(const rast_engine *e, const rast_sample *s, int32_t net, size_t k);
-size_t rast_pace_drafts(const rast_engine *e, const rast_sample *s, int32_t net, size_t k);
+/* What `gram` equal ids are as a source. */
+static inline int32_t rast_gram_source(uint32_t gram) { return (int32_t)gram - RAST_GRAM_LEAST + 1; }
 /* What the plan's run took; and what became of a sample's drafts when n tokens stand; ended: the last of them is its end. */
 void rast_pace_time(rast_engine *e, double seconds);
 void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n, int ended);

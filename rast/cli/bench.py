@@ -7,6 +7,7 @@ import os
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -30,7 +31,11 @@ def bench(
     rounds: Annotated[int, typer.Option(metavar="N", help="Of which the medians are shown.")] = 3,
     as_json: common.Json = False,
 ) -> None:
-    """Measure tokens/s of prefill and decoding: the base alone and with its pairs, for all --batch and --threads.
+    """Measure tokens/s of prefill and decoding: the base alone, with its pairs, and with drafts, for all --batch and
+    --threads.
+
+    Shown too: what a pass of each model takes, how often drafts stand, and the tokens of a step. Prompts are random
+    tokens, so drafts of real text may stand more or less often.
 
     The roofline of decoding is the speed at which the same threads read memory, measured in the same rounds, over the
     bytes that a step must read: all weights of the models that run, and the KV cache of all sequences.
@@ -95,54 +100,88 @@ class MemoryRead:
 
 
 def _measure(model: rast.RastForCausalLM, batch: int, prompt: int, new: int, rounds: int) -> list[dict[str, Any]]:
-    """A result for the base and, with pairs, the transfer. They and the memory take turns, after a warm-up."""
+    """A result for the base and, with pairs, the transfer without and with drafts. They and the memory take turns,
+    after a warm-up; so do, for the time of a pass, the base and each other model beside it."""
     info = model.info()
     nets = info["nets"]
     memory = MemoryRead(info["num_threads"])
     rng = np.random.default_rng(0)
     n_ids = min(net["vocab_size"] for net in nets)
 
-    def seconds(n_new: int, **options: Any) -> float:
-        ids = rng.integers(0, n_ids, (batch, prompt))  # fresh ones: nothing of them is cached
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=n_new, do_sample=False, eos_token_id=None, num_assistant_tokens=0, **options)
-        return time.perf_counter() - start
+    def generate(**options: Any) -> Callable[[Any, int], Any]:
+        return lambda ids, n: model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, **options)
 
-    has_pairs = len(model.transfer_strength) > 0
-    systems: dict[str, dict[str, Any]] = (
-        {"base": {"transfer_strength": 0.0}, "transfer": {}} if has_pairs else {"base": {}}
-    )
+    def beside_the_base(net: int) -> Callable[[Any, int], Any]:
+        """Decodes with the sum of the base and one model more."""
+        coef = np.zeros(len(nets), np.float32)
+        coef[[0, net]] = 1
+        engine = model._shared_engine()
+        return lambda ids, n: engine.run([{"ids": row.astype(np.int32), "coef": coef, "max_new": n} for row in ids])
+
+    if len(model.transfer_strength) > 0:
+        systems = {
+            "base": generate(transfer_strength=0.0, num_assistant_tokens=0),
+            "transfer": generate(num_assistant_tokens=0),
+            "drafts": generate(),
+        }
+    else:
+        systems = {"base": generate(num_assistant_tokens=0)}
+    runs: dict[str | int, Callable[[Any, int], Any]] = {i: beside_the_base(i) for i in range(1, len(nets))}
+    for name, run in systems.items():
+        runs[name] = run
     read: list[float] = []
-    prefill: dict[str, list[float]] = {name: [] for name in systems}
-    decode: dict[str, list[float]] = {name: [] for name in systems}
+    prefill: dict[str | int, list[float]] = {name: [] for name in runs}
+    decode: dict[str | int, list[float]] = {name: [] for name in runs}
+    counts = dict.fromkeys(("drafted", "accepted", "rejected", "step_ns", "draft_ns"), 0)
+    steps = 0  # of sequences, as decoded with drafts
     for i in range(rounds + 1):
         speed = memory()
         if i:
             read.append(speed)
-        for name, options in systems.items():
-            first = seconds(1, **options)
-            rest = seconds(new + 1, **options) - first
-            if i:
-                prefill[name].append(batch * prompt / first)
-                decode[name].append(batch * new / max(rest, 1e-9))
+        for key, run in runs.items():
+            before = model.cache_info()
+            taken = []
+            for n in (1, new + 1):
+                ids = rng.integers(0, n_ids, (batch, prompt))  # fresh ones: nothing of them is cached
+                start = time.perf_counter()
+                run(ids, n)
+                taken.append(time.perf_counter() - start)
+            if not i:
+                continue
+            prefill[key].append(taken[0])
+            decode[key].append(max(taken[1] - taken[0], 1e-9))
+            if key == "drafts":
+                after = model.cache_info()
+                for count in counts:
+                    counts[count] += after[count] - before[count]
+                steps += batch * new - (after["accepted"] - before["accepted"])
 
+    seconds = {key: statistics.median(values) for key, values in decode.items()}
+    passes = [seconds["base"] / new]
+    passes += [max(seconds[net] - seconds["base"], 0) / new for net in range(1, len(nets))]
     results = []
     for name in systems:
-        run = nets if name == "transfer" else nets[:1]
-        context = prompt + new / 2
-        step_bytes = sum(net["weight_bytes"] + batch * context * net["kv_bytes_per_token"] for net in run)
-        tokens = statistics.median(decode[name])
-        results.append(
-            {
-                "threads": info["num_threads"],
-                "batch": batch,
-                "system": name,
-                "prefill_tokens_per_second": round(statistics.median(prefill[name]), 2),
-                "decode_tokens_per_second": round(tokens, 2),
-                "memory_bytes_per_second": round(statistics.median(read)),
-                "roofline_share": round(tokens / batch * step_bytes / statistics.median(read), 4),
-            }
+        run_nets = nets[:1] if name == "base" else nets
+        step_bytes = sum(
+            net["weight_bytes"] + batch * (prompt + new / 2) * net["kv_bytes_per_token"] for net in run_nets
         )
+        result: dict[str, Any] = {
+            "threads": info["num_threads"],
+            "batch": batch,
+            "system": name,
+            "prefill_tokens_per_second": round(batch * prompt / statistics.median(prefill[name]), 2),
+            "decode_tokens_per_second": round(batch * new / seconds[name], 2),
+            "memory_bytes_per_second": round(statistics.median(read)),
+        }
+        if name == "drafts":
+            tried = counts["accepted"] + counts["rejected"]
+            result["acceptance"] = round(counts["accepted"] / tried, 4) if tried else None
+            result["tokens_per_step"] = round(1 + counts["accepted"] / steps, 4)
+            result["drafting_share"] = round(counts["draft_ns"] / (counts["draft_ns"] + counts["step_ns"]), 4)
+        else:
+            result["roofline_share"] = round(new / seconds[name] * step_bytes / statistics.median(read), 4)
+            result["pass_seconds"] = [round(s, 6) for s in passes[: len(run_nets)]]
+        results.append(result)
     return results
 
 
@@ -150,13 +189,23 @@ def _head(facts: dict[str, Any], prompt: int, new: int, rounds: int) -> str:
     roles = "; ".join(f"{', '.join(net['roles'])}: {net['source']}, {net['dtype']}" for net in facts["nets"])
     return (
         f"{roles}\n{facts['device']}, {facts['isa']}; {prompt} prompt tokens, {new} new; medians of {rounds} rounds\n\n"
-        "threads  batch  system    prefill tok/s  decode tok/s  memory GB/s  of roofline"
+        "threads  batch  system    prefill tok/s  decode tok/s  memory GB/s  of roofline  ms of a pass"
     )
 
 
 def _line(result: dict[str, Any]) -> str:
-    return (
+    line = (
         f"{result['threads']:>7}  {result['batch']:>5}  {result['system']:<8}  "
         f"{result['prefill_tokens_per_second']:>13,.1f}  {result['decode_tokens_per_second']:>12,.1f}  "
-        f"{result['memory_bytes_per_second'] / 1e9:>11.1f}  {result['roofline_share']:>11.0%}"
+        f"{result['memory_bytes_per_second'] / 1e9:>11.1f}"
+    )
+    if result["system"] != "drafts":
+        passes = ", ".join(f"{seconds * 1e3:.2f}" for seconds in result["pass_seconds"])
+        return f"{line}  {result['roofline_share']:>11.0%}  {passes}"
+    accepted = (
+        "no draft was tried" if result["acceptance"] is None else f"{result['acceptance']:.0%} of the drafts stand"
+    )
+    return (
+        f"{line}               {accepted}, {result['tokens_per_step']:.2f} tokens a step, "
+        f"{result['drafting_share']:.0%} of the time for drafting"
     )
