@@ -66,9 +66,10 @@ def test_no_pair(text_trio: dict[str, Any]) -> None:
     assert 0 < accepted < checked
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("penalty", [1.0, 0.5, 1.5])
 def test_expert_that_is_the_target(text_trio: dict[str, Any], penalty: float) -> None:
-    """Every draft stands: a step gives one token more than it has drafts. A penalty counts the drafts before."""
+    """Every draft stands: a step gives one token more than it has drafts. A penalty counts the drafts before; one that
+    favours what it counts makes each of them decide about the next."""
     model = load_rast(text_trio["base"], text_trio["pairs"][0].expert, text_trio["base"])
     (prompt,) = random_prompts(1, N_TEXT_TOKENS, seed=6, low=9, high=9)
     options = OPTIONS["sampled"] | {"max_new_tokens": 61, "repetition_penalty": penalty, "temperature": 0.3}

@@ -125,6 +125,7 @@ static void choose_drafts(rast_engine *e) {
         s->k = s->most;
         any |= is_auto;
     }
+    e->pace.set = -1;
     if (any && !e->drafter) rast_pace_choose(e);
 }
 

@@ -79,6 +79,12 @@ typedef struct rast_job {
 int rast_job_new(const rast_model *m, const rast_request *r, rast_job **out, rast_error *err);
 void rast_job_free(rast_job *job);
 static inline size_t rast_job_tokens(const rast_job *job) { return job->n_ids + (size_t)job->stop.max_new; }
+/* Its steps can be submitted a step ahead: there are not always drafts, a penalty or bad words do not look at the tokens, and it
+ * wants no rows, of which there is room for one step's. */
+static inline int rast_may_run_ahead(const rast_job *job) {
+    return job->n_draft <= 0 && job->sampling.repetition_penalty == 1 && !job->sampling.n_bad_words &&
+           !(job->want & (RAST_WANT_LOGITS | RAST_WANT_SCORES | RAST_WANT_COMPONENTS));
+}
 double rast_now(void); /* CLOCK_MONOTONIC, seconds */
 
 /* ---- sample.c: one sequence ---------------------------------------------------------------------------------------- */
@@ -229,10 +235,11 @@ typedef struct {
 } rast_costs;
 typedef struct {
     rast_costs costs[RAST_PACE_SETS];
-    int32_t set;                                                 /* whose costs are this step's */
+    int32_t set;                                                 /* whose costs are this step's; -1: nobody's */
     uint64_t n_choices;                                          /* made so far */
     rast_record record;                                          /* of all samples */
     uint32_t since_plain, since_draft, plain_later, draft_later; /* steps */
+    double since, drawing; /* when the last step had run, 0: nobody waited for another; seconds of passes since then */
     uint32_t
         rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */
 } rast_pace;
@@ -314,8 +321,9 @@ int rast_draft(rast_engine *e, rast_error *err);
 void rast_pace_choose(rast_engine *e);
 /* What `gram` equal ids are as a source. */
 static inline int32_t rast_gram_source(uint32_t gram) { return (int32_t)gram - RAST_GRAM_LEAST + 1; }
-/* What the plan's run took; and what became of a sample's drafts when n tokens stand; ended: the last of them is its end. */
-void rast_pace_time(rast_engine *e, double seconds);
+/* The flight has landed just now and had the device for so long. */
+void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds);
+/* What became of a sample's drafts when n tokens stand; ended: the last of them is its end. */
 void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n, int ended);
 /* The most drafts that a sample of the job can ever have. */
 static inline int32_t rast_most_drafts(const rast_job *job) {

@@ -5,7 +5,8 @@
  * last draft). So drafts are handed out one after the other, and of all numbers the one is taken with the best ratio of what it is
  * worth to seconds: 0 where drafts do not pay.
  *
- * Seconds are those that steps of so many rows have taken on this machine, acceptance is what became of earlier drafts. Both
+ * Seconds are those from step to step, of so many rows, on this machine, with what the host does in between: a device that is
+ * given its next step ahead does not wait for that, but with drafts it does. Acceptance is what became of earlier drafts. Both
  * change, and what is not tried is not known: now and then a step goes without drafts, or one sequence has a single one. No token
  * depends on the choice, so it may follow the clock.
  */
@@ -134,10 +135,26 @@ static rast_costs *find_costs(rast_engine *e) {
     return c;
 }
 
-void rast_pace_time(rast_engine *e, double seconds) {
+/* From the step before to the end of this one, without the passes in between that drew drafts. */
+static double whole_step(rast_engine *e, const rast_flight *f, double seconds) {
+    rast_pace *p = &e->pace;
+    if (e->plan.draft_net) {
+        p->drawing += seconds;
+        return seconds;
+    }
+    const double whole = e->landed - (p->since > 0 ? p->since : f->start) - p->drawing;
+    p->since = e->landed;
+    p->drawing = 0;
+    return whole;
+}
+
+void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
     const rast_plan *plan = &e->plan;
-    rast_costs *c = &e->pace.costs[e->pace.set];
+    const double whole = whole_step(e, f, seconds);
     size_t rows = 0, undrafted = 0;
+    int ahead = e->runs_ahead;
+    if (e->pace.set < 0) return;
+    rast_costs *c = &e->pace.costs[e->pace.set];
     for (size_t i = 0; i < e->n_running; i++) {
         const rast_sample *s = e->running[i];
         const size_t n = s->n_draw_out;
@@ -145,13 +162,16 @@ void rast_pace_time(rast_engine *e, double seconds) {
         if (s->n_prompt_out || !n || (!plan->draft_net && s->end[0] - s->start[0] != n)) return; /* a prompt's rows */
         rows += n;
         if (!s->draft_net) undrafted += n;
+        ahead &= rast_may_run_ahead(s->job);
     }
-    if (!rows) return;
+    if (!rows || rows != f->n_out) return; /* or some of it was for samples that have ended meanwhile */
     const rast_pace_kind kind = plan->draft_net     ? RAST_PACE_DRAFT
                                 : rows == undrafted ? RAST_PACE_PLAIN
                                                     : RAST_PACE_CHECK;
-    float now = (float)seconds, *known = &c->step[kind][width_of(rows)].seconds;
+    float now = (float)whole, *known = &c->step[kind][width_of(rows)].seconds;
     uint32_t *times = &c->step[kind][width_of(rows)].times;
+    if (kind == RAST_PACE_PLAIN && ahead) /* one after the other, host and device work at the same time */
+        now = fmaxf((float)seconds, (float)(whole - seconds));
     if (kind == RAST_PACE_CHECK) now -= cost(c, RAST_PACE_DRAFT, undrafted);
     if (now <= 0) return;
     if (!*times || *known > DISTURBED * now)
@@ -297,6 +317,7 @@ static void try_a_draft(rast_engine *e) {
 void rast_pace_choose(rast_engine *e) {
     rast_pace *p = &e->pace;
     const size_t n = e->n_running;
+    const uint32_t steps = 1 + e->n_ahead; /* since the last choice */
     const rast_costs *c = find_costs(e);
     int any = 0, grams = 0, nets = 0;
     for (size_t i = 0; i < n; i++) {
@@ -309,8 +330,8 @@ void rast_pace_choose(rast_engine *e) {
     }
     if (!any) return;
     if (p->rests) {
-        p->rests--;
-        p->since_draft++;
+        p->rests -= p->rests < steps ? p->rests : steps;
+        p->since_draft += steps;
         return;
     }
     if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
@@ -328,7 +349,8 @@ void rast_pace_choose(rast_engine *e) {
     }
     p->since_plain = 0;
     p->rests = (uint32_t)n / 8;
-    if (++p->since_draft <= DRAFT_LEAST + p->draft_later || !(grams || nets)) return;
+    p->since_draft += steps;
+    if (p->since_draft <= DRAFT_LEAST + p->draft_later || !(grams || nets)) return;
     try_a_draft(e);
     p->since_draft = 0;
     p->draft_later = p->draft_later < DRAFT_LATEST ? 2 * p->draft_later + DRAFT_LEAST : DRAFT_LATEST;

@@ -411,7 +411,7 @@ int rast_wait_flight(rast_engine *e, rast_flight *f, rast_error *err) {
     e->n_rows += f->n_rows;
     e->seconds[e->plan.draft_net > 0] += seconds;
     e->n_draft_steps += e->plan.draft_net > 0;
-    rast_pace_time(e, seconds);
+    rast_pace_time(e, f, seconds);
     for (size_t i = 0; i < e->n_running; i++)
         if (e->running[i]->scheduled && uses_history(e->running[i])) e->running[i]->history_stale = 0;
     return RAST_OK;

@@ -216,10 +216,7 @@ static int will_repeat(const rast_engine *e, const rast_sample *s) {
         if (s->end[m] != s->start[m] + (uint32_t)runs || (runs && s->end[m] != s->n_ids)) return 0;
     }
     if (n_new == (size_t)job->stop.max_new || n_new == job->transfer_start) return 0;
-    if (job->sampling.repetition_penalty != 1 || job->sampling.n_bad_words) return 0; /* they look at the tokens */
-    if (job->want & (RAST_WANT_LOGITS | RAST_WANT_SCORES | RAST_WANT_COMPONENTS))
-        return 0; /* there is room for one step's */
-    return !job->n_draft || (job->n_draft == RAST_DRAFT_AUTO && e->n_ahead < ASK_AGAIN);
+    return rast_may_run_ahead(job) && (!job->n_draft || e->n_ahead < ASK_AGAIN);
 }
 
 /* Submits the step after the one on its way, if that is like it and nobody else can join; 1: it did. What cannot be done now,
@@ -257,8 +254,8 @@ static int run_ahead(rast_engine *e) {
 
 /* Plans and submits a step of all samples that run now, their tokens known. */
 static int begin_step(rast_engine *e, rast_error *err) {
-    e->n_ahead = 0;
     int status = rast_draft(e, err);
+    e->n_ahead = 0;
     if (status == RAST_OK) status = rast_plan_step(e, err);
     return status ? status : rast_submit_plan(e, &e->flights[e->turn], err);
 }
@@ -314,6 +311,7 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
         if (ahead) move_rows(e, s, 1);
     }
     e->n_running = kept;
+    if (!kept) e->pace.since = 0;
     if (ahead) e->turn ^= 1, e->n_ahead++;
     *chunks = e->chunks;
     *n = e->n_chunks;

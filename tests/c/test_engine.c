@@ -5,6 +5,7 @@
 #include "engine/engine.h"
 
 #include <string.h>
+#include <time.h>
 
 enum { VOCAB = 61, HIDDEN = 32, HEADS = 2, HEAD_DIM = 16, INNER = 48, LAYERS = 2, N_NETS = 3, N_REQUESTS = 5 };
 enum { MAX_NEW = 48, MAX_SAMPLES = 3, MANY_NETS = 11 };
@@ -332,6 +333,68 @@ static void test_running_ahead(rast_model *m, rast_ops *ops, outcome *want, outc
     plain = 0;
 }
 
+/* Seconds of steps by what they did, the least of all widths that are known. */
+static float least_seconds(const rast_costs *c, rast_pace_kind kind) {
+    float least = 1e9f;
+    for (size_t i = 0; i < RAST_PACE_WIDTHS; i++)
+        if (c->step[kind][i].times > 1 && c->step[kind][i].seconds < least) least = c->step[kind][i].seconds;
+    return least;
+}
+
+/* The engine chooses how many drafts, on a device that has the next step while this one is collected, for a host that takes far
+ * longer than the device. What a sample waits for from step to step is in the costs; drafts are tried as often as they would be
+ * with steps one by one. */
+static void test_pace(rast_model *m, rast_ops *ops) {
+    enum { STEPS = 700, HOST_NS = 1000000 };
+    static const float coef[N_NETS] = {1, 1, -1}, alone[N_NETS] = {1};
+    const float host = HOST_NS * 1e-9f;
+    const rast_request r = {.ids = prompt[0],
+                            .n_ids = 9,
+                            .n_samples = 1,
+                            .coef = coef,
+                            .n_coef = N_NETS,
+                            .sampling = {.do_sample = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1},
+                            .stop = {.max_new = 4000},
+                            .n_draft = RAST_DRAFT_AUTO,
+                            .draft_net = 1};
+    rast_request other = r; /* of the base alone, which asks for no drafts: its steps say nothing about these */
+    other.coef = alone;
+    other.n_draft = 0;
+    other.stop.max_new = MAX_NEW;
+    for (int is_slow = 0; is_slow < 2; is_slow++) { /* the host */
+        rast_engine *e;
+        rast_error err;
+        uint64_t id;
+        size_t last = 0, longest = 0;
+        fails_at = -1;
+        ops->asynchronous = 1;
+        CHECK(!rast_engine_new(m, NULL, &e, &err), "%s", err.message);
+        CHECK(!rast_engine_add(e, &r, &id, &err), "%s", err.message);
+        for (size_t step = 1; step <= STEPS && rast_engine_busy(e); step++) {
+            const rast_chunk *chunks;
+            size_t n;
+            CHECK(!rast_engine_step(e, &chunks, &n, &err), "%s", err.message);
+            CHECK(n == 1, "%zu chunks", n);
+            CHECK(!chunks->n_drafted || last || step < 16, "the first draft in step %zu", step);
+            if (chunks->n_drafted) last = step;
+            if (step - last > longest) longest = step - last;
+            if (is_slow) nanosleep(&(struct timespec){.tv_nsec = HOST_NS}, NULL);
+        }
+        CHECK(longest < 300, "no draft in %zu steps", longest);
+        const rast_costs *c = &e->pace.costs[0];
+        const float plain = least_seconds(c, RAST_PACE_PLAIN), check = least_seconds(c, RAST_PACE_CHECK);
+        if (is_slow)
+            CHECK(plain > 0.9f * host && check > 0.9f * host, "plain %g s, with drafts %g s, host %g s", plain, check,
+                  host);
+        const rast_costs before = *c;
+        sequence got;
+        rast_engine_discard(e, id);
+        run_alone(e, &other, &got);
+        CHECK(!memcmp(before.step, c->step, sizeof before.step), "steps of other nets count");
+        rast_engine_free(e);
+    }
+}
+
 typedef struct {
     int32_t token[2 * N_REQUESTS][MAX_NEW];
     size_t n[2 * N_REQUESTS];
@@ -430,6 +493,7 @@ int main(void) {
     n_draft = 0;
     test_running_ahead(m, &ops, roomy, got);
     test_mixed(m, &ops);
+    test_pace(m, &ops);
     test_budgets(m);
     test_many_sets_of_nets(w);
     free(roomy);
