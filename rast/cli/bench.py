@@ -29,6 +29,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Random tokens of a prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode after it.")] = 32,
     rounds: Annotated[int, typer.Option(metavar="N", help="Of which the medians are shown.")] = 3,
+    num_assistant_tokens: Annotated[str, typer.Option(metavar="N", help="Drafts a step, or auto.")] = "auto",
     as_json: common.Json = False,
 ) -> None:
     """Measure tokens/s of prefill and decoding: the base alone, with its pairs, and with drafts, for all --batch and
@@ -40,6 +41,7 @@ def bench(
     The roofline of decoding is the speed at which the same threads read memory, measured in the same rounds, over the
     bytes that a step must read: all weights of the models that run, and the KV cache of all sequences.
     """
+    drafts = int(num_assistant_tokens) if num_assistant_tokens.isdecimal() else num_assistant_tokens
     batches, counts = batch or [1, 8], threads or [len(os.sched_getaffinity(0))]
     given = {"batch": batches, "threads": counts, "rounds": [rounds]}
     given |= {"prompt-tokens": [prompt_tokens], "new-tokens": [new_tokens]}
@@ -60,7 +62,7 @@ def bench(
         if not results and not as_json:
             typer.echo(_head(facts, prompt_tokens, new_tokens, rounds))
         for size in batches:
-            measured = _measure(model, size, prompt_tokens, new_tokens, rounds)
+            measured = _measure(model, size, prompt_tokens, new_tokens, rounds, drafts)
             results += measured
             if not as_json:
                 typer.echo("\n".join(map(_line, measured)))
@@ -99,7 +101,9 @@ class MemoryRead:
         return best
 
 
-def _measure(model: rast.RastForCausalLM, batch: int, prompt: int, new: int, rounds: int) -> list[dict[str, Any]]:
+def _measure(
+    model: rast.RastForCausalLM, batch: int, prompt: int, new: int, rounds: int, drafts: int | str
+) -> list[dict[str, Any]]:
     """A result for the base and, with pairs, the transfer without and with drafts. They and the memory take turns,
     after a warm-up; so do, for the time of a pass, the base and each other model beside it."""
     info = model.info()
@@ -122,7 +126,7 @@ def _measure(model: rast.RastForCausalLM, batch: int, prompt: int, new: int, rou
         systems = {
             "base": generate(transfer_strength=0.0, num_assistant_tokens=0),
             "transfer": generate(num_assistant_tokens=0),
-            "drafts": generate(),
+            "drafts": generate(num_assistant_tokens=drafts),
         }
     else:
         systems = {"base": generate(num_assistant_tokens=0)}
