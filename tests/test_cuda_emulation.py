@@ -221,6 +221,35 @@ def test_kernels_conversions(cuda: Device) -> None:
         np.testing.assert_array_equal(wide[:-1].view(np.uint32), again.view(np.uint32))
 
 
+GROUPS = 5
+
+
+def groups(cuda: Device, prior: int, peek: bool) -> tuple[Any, Any, Any]:
+    """Tiles behind a wait that leaves out `prior` groups of copies, behind one for all, and as they must be."""
+    x = np.arange(GROUPS * 32, dtype=np.int32).reshape(GROUPS, 32)
+    out = cuda.array(np.full((2, GROUPS, 32), -5, np.int32))
+    cuda.lib.launch_groups(cuda.array(x), out, GROUPS, prior, int(peek))
+    got = cuda.read(out, (2, GROUPS, 32), np.int32)
+    x[2] = 0
+    return got[0], got[1], x
+
+
+@pytest.mark.parametrize("prior", range(GROUPS + 2))
+def test_kernels_copies_in_groups(cuda: Device, prior: int) -> None:
+    there = max(GROUPS - prior, 0)
+    early, late, want = groups(cuda, prior, peek=False)
+    np.testing.assert_array_equal(early, np.where(np.arange(GROUPS)[:, None] < there, want, -5))
+    np.testing.assert_array_equal(late, want)
+
+
+def test_copies_come_at_their_wait(cuda: Device) -> None:
+    for prior in range(GROUPS + 2):
+        early, late, want = groups(cuda, prior, peek=True)
+        there = max(GROUPS - prior, 0)
+        np.testing.assert_array_equal(early, np.where(np.arange(GROUPS)[:, None] < there, want, -1))
+        np.testing.assert_array_equal(late, want)
+
+
 def test_kernels_find_fresh_shared_memory(cuda: Device) -> None:
     out = cuda.array(np.zeros(8, np.uint32))
     cuda.lib.launch_fresh(out, 4)
@@ -310,6 +339,12 @@ REPORTED = {  # name → flavours, and what they must say
             "shuffle_race",
             "other_warp",
             "later_warp",
+            "missing_wait",
+            "late_wait",
+            "short_wait",
+            "missing_commit",
+            "reused_stage",
+            "changed_source",
             "grid_race",
             "grid_barrier_race",
             "fence",
@@ -321,6 +356,9 @@ REPORTED = {  # name → flavours, and what they must say
     "freed": (["address"], "use-after-poison|SEGV"),
     "fixed_shared": (["address"], "out of bounds|global-buffer-overflow"),
     "alignment": (["address"], "misaligned address"),
+    "copy_source": (["address"], "use-after-poison"),
+    "copy_target": (["plain", "address"], "copy to what is not shared memory"),
+    "copy_alignment": (["plain", "address"], "not aligned to its size"),
     "host_pointer": (["plain", "address", "thread"], "an argument points to host memory"),
     "hidden_host_pointer": (["count"], "reads host memory"),
     "device_on_host": (["count"], "host code touches device memory"),
@@ -356,7 +394,7 @@ def test_fault_is_reported(name: str, flavour: str, said: str) -> None:
     assert status != 0, text
     assert re.search(said, text), text
     if name not in NO_LINE:
-        lines = [i + 1 for i, line in enumerate(FAULTS) if line.endswith(f"// FAULT {name}")]
+        lines = [i + 1 for i, line in enumerate(FAULTS) if re.search(rf"// FAULT .*\b{name}\b", line)]
         assert any(re.search(rf"faults\.cu:{line}\b", text) for line in lines), text
     if name not in {"host_race", "device_on_host", "product_bounds"}:
         assert "_kernel" in text
