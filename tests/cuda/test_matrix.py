@@ -438,6 +438,20 @@ def test_combine(tables: list[Table], kind: int, n_out: int, n_vocab: int, n_ter
         assert other == -np.inf or abs(chosen - other) <= 1e-3, (o, chosen, other)
 
 
+def test_arrays_of_a_step_are_read_again(tables: list[Table]) -> None:
+    """Ids that mean another token, at the address of others that were given before."""
+    rng = np.random.default_rng(10)
+    scene = step.plain_scene([np.zeros((2, 129), np.float32)] * 2)
+    states, heads = list(rows_of(rng, 2, 2, 8)), list(rows_of(rng, 2, 129, 8))
+    scene.uncommon[1] = np.array([3, 60], np.int32)
+    for table in tables:
+        for ids in ([3, 60], [4, 99]):
+            scene.uncommon[1][:] = ids
+            rows = combine(table, scene, F32, states, heads).rows
+            others = rows["logits"] - rows["parts"].sum(axis=1)
+            np.testing.assert_array_equal(np.flatnonzero(abs(others[0]) > 1e-3), ids)
+
+
 def combine(table: Table, scene: step.Scene, kind: int, states: list[Array], heads: list[Array]) -> step.Result:
     given, rows = step.step_of(scene, table.to_device), step.empty_rows(scene)
     outputs = {"out": np.zeros(scene.n_out, DrawnType), "drawn": np.full(step.SLOTS, -9, np.int32)} | rows
