@@ -422,7 +422,7 @@ if FLAVOUR == "plain":
     ALONE = ["test_norm", "test_attention", "test_trio"]
     PARTS = [*ALONE, f"not ({' or '.join(ALONE)})"]
     # the tests of the backend are about the host's side: one order will do
-    KERNELS = ["test_ops.py", "test_attention.py", "test_transfer_step.py", "test_backend.py"]
+    KERNELS = ["test_ops.py", "test_attention.py", "test_transfer_step.py", "test_matrix.py", "test_backend.py"]
 
     def run_flavour(flavour: str, *arguments: str, **environment: str) -> None:
         """pytest, with a sanitizer's runtime in Python; its reports end the process."""
