@@ -92,7 +92,7 @@ test-sanitize: $(VENV)/dev.stamp
 
 # On a machine with a GPU, the CUDA Toolkit, and torch, transformers and pytest in its own Python: nothing is installed.
 GPU_PYTHON := PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 RAST_CUDA_LIBRARY=$(CURDIR)/rast/_cuda.so
-GPU_TESTS := tests/cuda/test_ops.py tests/cuda/test_attention.py tests/cuda/test_transfer_step.py \
+GPU_TESTS := tests/cuda/test_ops.py tests/cuda/test_attention.py tests/cuda/test_transfer_step.py tests/cuda/test_matrix.py \
     tests/cuda/test_schedules.py tests/cuda/test_models.py tests/cuda/test_backend.py
 GPU_SMALL := tests/cuda/test_schedules.py --confcutdir=tests/cuda
 

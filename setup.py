@@ -18,10 +18,10 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
 
 SOURCE_FOLDERS = ("csrc", "csrc/engine", "csrc/model", "csrc/backends", "csrc/backends/cpu", "csrc/python")
 
@@ -78,6 +78,18 @@ def cuda_tools() -> tuple[str, str, list[str]] | None:
         missing = "cublas_v2.h and libcublas.so (CUDA Toolkit, or pip install nvidia-cublas)" if nvcc else "nvcc"
         raise CompileError(f"RAST_BUILD_CUDA=1, but there is no {missing}")
     return None
+
+
+def newer_group(sources: list[str], target: str) -> bool:
+    """Whether the target is missing or older than a source."""
+    return not os.path.exists(target) or max(map(os.path.getmtime, sources)) > os.path.getmtime(target)
+
+
+class InPlace(Distribution):
+    """Extensions alone, for a setuptools too old for pyproject.toml: a GPU machine has what it has (make test-gpu)."""
+
+    def parse_config_files(self, *args: object, **options: object) -> None:
+        """Reads nothing."""
 
 
 class BuildExt(build_ext):
@@ -160,7 +172,9 @@ class BuildExt(build_ext):
         subprocess.run([nvcc, "-shared", f"-cudart={CUDA_RUNTIME}", *objects, *flags, "-o", target], check=True)
 
 
+OLD = int(setuptools.__version__.split(".")[0]) < 77  # what pyproject.toml asks for
 setup(
+    distclass=InPlace if OLD and "--inplace" in sys.argv else Distribution,
     cmdclass={"build_ext": BuildExt},
     ext_modules=[
         Extension(

@@ -102,7 +102,8 @@ def run(folders: tuple[Path, Path, Path], args: argparse.Namespace, device: str)
     info = model.info()
     bytes_of = [net["weight_bytes"] for net in info["nets"]]
     load = transformers.AutoModelForCausalLM.from_pretrained
-    others = [] if args.no_hf else [load(f, dtype=torch.bfloat16).to(device).eval() for f in folders]
+    dtype = {"torch_dtype" if transformers.__version__.startswith("4.") else "dtype": torch.bfloat16}
+    others = [] if args.no_hf else [load(f, **dtype).to(device).eval() for f in folders]
     print(f"{info['isa']}; {args.shape}, bfloat16, greedy; medians of {args.rounds} rounds")
     print("batch  what         tokens/s  of bandwidth  prefill tokens/s")
     results: dict[str, Any] = {"device": info["isa"], "shape": args.shape, "batches": {}}

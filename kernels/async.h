@@ -1,8 +1,11 @@
-/* async.h: copies to shared memory that run beside the arithmetic (cp.async), and the same as plain copies for a host. */
+/* async.h: copies to shared memory that run beside the arithmetic (cp.async). In PTX for the device, since CUDA's own functions take
+ * the number of zeros as a constant; by these functions where a host compiles, which is what the emulation runs. */
 #ifndef RAST_ASYNC_H
 #define RAST_ASYNC_H
 
 #include "device.h"
+
+#include <cuda_pipeline_primitives.h>
 
 namespace rast {
 
@@ -14,7 +17,7 @@ __device__ __forceinline__ void async_copy16(void *to, const void *from, bool va
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
 #else
-    *static_cast<uint4 *>(to) = valid ? *static_cast<const uint4 *>(from) : make_uint4(0, 0, 0, 0);
+    __pipeline_memcpy_async(to, from, 16, valid ? 0 : 16);
 #endif
 }
 
@@ -22,6 +25,8 @@ __device__ __forceinline__ void async_copy16(void *to, const void *from, bool va
 __device__ __forceinline__ void async_commit() {
 #ifdef __CUDA_ARCH__
     asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    __pipeline_commit();
 #endif
 }
 
@@ -29,6 +34,8 @@ __device__ __forceinline__ void async_commit() {
 template <int N> __device__ __forceinline__ void async_wait() {
 #ifdef __CUDA_ARCH__
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#else
+    __pipeline_wait_prior(N);
 #endif
 }
 

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # a GPU machine's own (make test-gpu)
+DTYPE = "torch_dtype" if TRANSFORMERS_4 else "dtype"
 
 FULL = os.environ.get("RAST_TEST_FULL") == "1"
 
@@ -125,14 +128,19 @@ DEFAULTS: dict[str, Any] = dict(
 )
 
 
-def make_config(arch: str, **changes: Any) -> PreTrainedConfig:
+def make_config(arch: str, **changes: Any) -> Any:
     """The configuration of one entry of ARCHITECTURES, with changes."""
-    return transformers.AutoConfig.for_model(**(DEFAULTS | ARCHITECTURES[arch] | changes))
+    options = DEFAULTS | ARCHITECTURES[arch] | changes
+    if TRANSFORMERS_4 and "rope_parameters" in options:
+        rope = dict(options.pop("rope_parameters"))
+        options["rope_theta"] = rope.pop("rope_theta")
+        options["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    return transformers.AutoConfig.for_model(**options)
 
 
-def make_model(config: PreTrainedConfig, seed: int, logit_std: float = 3.0) -> PreTrainedModel:
+def make_model(config: Any, seed: int, logit_std: float = 3.0) -> PreTrainedModel:
     """A random float32 model with logits of that standard deviation, random biases and random norm weights."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, **{DTYPE: torch.float32}).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -192,7 +200,7 @@ class ModelZoo:
 @lru_cache(maxsize=64)
 def load_hf(path: Path, dtype: str = "float32") -> PreTrainedModel:
     """The stored weights in HuggingFace's code, computing in `dtype`."""
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **{DTYPE: getattr(torch, dtype)}).eval()
 
 
 def hf_logits(model: PreTrainedModel, ids: NDArray[Any] | Sequence[int]) -> NDArray[np.float32]:

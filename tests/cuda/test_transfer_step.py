@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from device import FULL, Device, DrawnType, DrawType, RastLogits, RastTransferTerm
-
-ROOT = Path(__file__).parents[2]
+from tables import host_library
 
 SAMPLE, LOGPROB, STATS, LOGITS, SCORES, PARTS = 1, 2, 4, 8, 16, 32
 MEASURES, ROWS = LOGPROB | STATS, LOGITS | SCORES | PARTS
@@ -233,27 +229,7 @@ class RastTerm(ctypes.Structure):
 @pytest.fixture(scope="session")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CPU backend's transfer step as a C function."""
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's runtime
-    command: list[str | Path] = ["make", "--silent", "build/librast.a"]
-    made = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
-    library = tmp_path_factory.mktemp("cpu") / "transfer_on_cpu.so"
-    source = [Path(__file__).with_name("transfer_on_cpu.c"), ROOT / "build" / "librast.a"]
-    command = [
-        "cc",
-        "-shared",
-        "-fPIC",
-        "-std=c11",
-        "-pthread",
-        *source,
-        "-lm",
-        "-ldl",
-        "-o",
-        library,
-    ]
-    made = subprocess.run(command, env=plain, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
-    return ctypes.CDLL(str(library)).transfer_on_cpu
+    return host_library(tmp_path_factory.mktemp("cpu"), "transfer_on_cpu.c").transfer_on_cpu
 
 
 def run_on_cpu(cpu: Any, scene: Scene, flags: int = 0) -> Result:

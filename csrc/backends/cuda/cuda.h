@@ -23,8 +23,8 @@ typedef struct {
     cuda_use use;
 } cuda_allocation;
 
-typedef struct { /* ids that a term gave, on the device */
-    const int32_t *host;
+typedef struct { /* ids that a term gave: a copy, and on the device */
+    int32_t *host, n;
     rast_dev ids;
 } cuda_id_list;
 
@@ -61,7 +61,7 @@ int cuda_allocate(rast_ctx *ctx, size_t bytes, cuda_use use, rast_dev *out, rast
 void cuda_release(rast_ctx *ctx, rast_dev data); /* 0 is allowed */
 int cuda_allocate_pinned(rast_ctx *ctx, size_t bytes, void **out, rast_error *err);
 void cuda_release_pinned(rast_ctx *ctx, void *data); /* NULL is allowed */
-/* The ids [n] on the device, uploaded when first asked for. */
+/* The ids [n] on the device, uploaded when first asked for; the caller's array need not outlive the call. */
 int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_error *err);
 
 /* ---- weights.c ----------------------------------------------------------------------------------------------------- */

@@ -110,8 +110,9 @@ void cuda_release_pinned(rast_ctx *ctx, void *data) {
 int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_error *err) {
     *out = 0;
     if (!n) return RAST_OK;
+    const size_t bytes = (size_t)n * sizeof *host;
     for (size_t i = 0; i < ctx->n_id_lists; i++)
-        if (ctx->id_lists[i].host == host) {
+        if (ctx->id_lists[i].n == n && !memcmp(ctx->id_lists[i].host, host, bytes)) {
             *out = ctx->id_lists[i].ids;
             return RAST_OK;
         }
@@ -122,10 +123,15 @@ int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_
         ctx->id_lists = grown;
         ctx->cap_id_lists = cap;
     }
-    const size_t bytes = (size_t)n * sizeof *host;
+    int32_t *copy = malloc(bytes);
+    if (!copy) return rast_fail(err, RAST_ERR_MEMORY, "no memory for the list of ids that differ");
     int status = cuda_allocate(ctx, bytes, CUDA_USE_WORK, out, err);
-    if (status) return status;
-    ctx->id_lists[ctx->n_id_lists++] = (cuda_id_list){host, *out};
+    if (status) {
+        free(copy);
+        return status;
+    }
+    memcpy(copy, host, bytes);
+    ctx->id_lists[ctx->n_id_lists++] = (cuda_id_list){copy, n, *out};
     return cuda_check(ctx, cudaMemcpy(cuda_ptr(*out), host, bytes, cudaMemcpyHostToDevice), "copying ids", err);
 }
 
@@ -165,7 +171,10 @@ static int check_machine(rast_ctx *ctx, rast_error *err) {
 static void device_close(rast_ctx *ctx) {
     if (!ctx) return;
     cuda_abandon_loading(ctx);
-    for (size_t i = 0; i < ctx->n_id_lists; i++) cuda_release(ctx, ctx->id_lists[i].ids);
+    for (size_t i = 0; i < ctx->n_id_lists; i++) {
+        cuda_release(ctx, ctx->id_lists[i].ids);
+        free(ctx->id_lists[i].host);
+    }
     free(ctx->id_lists);
     free(ctx->allocations);
     free(ctx);

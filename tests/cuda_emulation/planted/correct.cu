@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <mma.h>
 
 namespace {
@@ -134,6 +135,21 @@ __global__ void order_kernel(unsigned *counter, unsigned *ticket) {
     ticket[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
 }
 
+// Copies a thread's element of each of `n` tiles, a group each; every third tile is zeros. out: [2, n, 32], the tiles behind a wait
+// that leaves out `prior` groups, and behind one for all. Tiles that may be missing are read only to `peek`: a race.
+__global__ void groups_kernel(const int *in, int *out, int n, int prior, int peek) {
+    RAST_DYNAMIC_SHARED(int, tile);
+    const int t = (int)threadIdx.x;
+    for (int i = 0; i < n; i++) {
+        __pipeline_memcpy_async(&tile[32 * i + t], &in[32 * i + t], 4, i % 3 == 2 ? 4 : 0);
+        __pipeline_commit();
+    }
+    __pipeline_wait_prior((size_t)prior);
+    for (int i = 0; i < (peek ? n : n - prior); i++) out[32 * i + t] = tile[32 * i + t];
+    __pipeline_wait_prior(0);
+    for (int i = 0; i < n; i++) out[32 * (n + i) + t] = tile[32 * i + t];
+}
+
 // A block's shared memory as it finds it.
 __global__ void fresh_kernel(unsigned *out) {
     __shared__ unsigned fixed[4];
@@ -195,6 +211,9 @@ void launch_vector(const float *in, float *out, int n) {
 }
 void launch_order(unsigned *counter, unsigned *ticket, int blocks, int threads) {
     RAST_LAUNCH(order_kernel, blocks, threads, 0, nullptr, counter, ticket);
+}
+void launch_groups(const int *in, int *out, int n, int prior, int peek) {
+    RAST_LAUNCH(groups_kernel, 1, 32, (size_t)n * 128, nullptr, in, out, n, prior, peek);
 }
 void launch_fresh(unsigned *out, int blocks) { RAST_LAUNCH(fresh_kernel, blocks, 1, 16, nullptr, out); }
 void launch_convert_half(const float *in, void *out, float *back, int n) {

@@ -4,6 +4,7 @@
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
+#include <cuda_pipeline_primitives.h>
 #include <mma.h>
 
 #include <stdio.h>
@@ -80,6 +81,72 @@ __global__ void later_warp_kernel(int *out, bool right) {
     if (threadIdx.x >= 32) out[threadIdx.x] = tile[threadIdx.x - 32]; // FAULT later_warp
 }
 void later_warp(bool right) { RAST_LAUNCH(later_warp_kernel, 1, 64, 0, nullptr, device<int>(64), right); }
+
+// Copies that run beside the thread: nobody has waited, not even for the thread's own.
+__global__ void missing_wait_kernel(const int *in, int *out, bool right) {
+    __shared__ int tile[64];
+    __pipeline_memcpy_async(&tile[threadIdx.x], &in[threadIdx.x], 4);
+    __pipeline_commit();
+    if (right) __pipeline_wait_prior(0);
+    out[threadIdx.x] = tile[threadIdx.x]; // FAULT missing_wait
+    __pipeline_wait_prior(0);
+}
+void missing_wait(bool right) {
+    RAST_LAUNCH(missing_wait_kernel, 1, 64, 0, nullptr, device<int>(64), device<int>(64), right);
+}
+
+// The wait is there, but comes after the barrier that tells the others.
+__global__ void late_wait_kernel(const int *in, int *out, bool right) {
+    __shared__ int tile[64];
+    __pipeline_memcpy_async(&tile[threadIdx.x], &in[threadIdx.x], 4);
+    __pipeline_commit();
+    if (right) __pipeline_wait_prior(0);
+    __syncthreads();
+    if (!right) __pipeline_wait_prior(0);
+    out[threadIdx.x] = tile[63 - threadIdx.x]; // FAULT late_wait
+}
+void late_wait(bool right) {
+    RAST_LAUNCH(late_wait_kernel, 1, 64, 0, nullptr, device<int>(64), device<int>(64), right);
+}
+
+// Tiles of 64 in two stages, the next under way. Wrong: a wait for too few groups, no commit, no barrier behind the last reads.
+__global__ void stages_kernel(const int *in, int *out, int n, bool waits, bool commits, bool shared) {
+    __shared__ int tile[2][64];
+    const unsigned t = threadIdx.x;
+    int sum = 0;
+    __pipeline_memcpy_async(&tile[0][t], &in[t], 4);
+    __pipeline_commit();
+    for (int i = 0; i < n; i++) {
+        if (i + 1 < n)
+            __pipeline_memcpy_async(&tile[(i + 1) % 2][t], &in[(i + 1) * 64 + (int)t], 4); // FAULT reused_stage
+        if (commits) __pipeline_commit();
+        __pipeline_wait_prior(waits ? 1 : 2);
+        __syncthreads();
+        sum += tile[i % 2][63 - t]; // FAULT short_wait missing_commit
+        if (shared) __syncthreads();
+    }
+    out[t] = sum;
+}
+void run_stages(bool waits, bool commits, bool shared) {
+    RAST_LAUNCH(stages_kernel, 1, 64, 0, nullptr, device<int>(4 * 64), device<int>(64), 4, waits, commits, shared);
+}
+void short_wait(bool right) { run_stages(right, true, true); }
+void missing_commit(bool right) { run_stages(true, right, true); }
+void reused_stage(bool right) { run_stages(true, true, right); }
+
+// What is copied changes before the wait.
+__global__ void changed_source_kernel(int *in, int *out, bool right) {
+    __shared__ int tile[32];
+    __pipeline_memcpy_async(&tile[threadIdx.x], &in[threadIdx.x], 4);
+    __pipeline_commit();
+    if (right) __pipeline_wait_prior(0);
+    in[threadIdx.x] = 1; // FAULT changed_source
+    __pipeline_wait_prior(0);
+    out[threadIdx.x] = tile[threadIdx.x];
+}
+void changed_source(bool right) {
+    RAST_LAUNCH(changed_source_kernel, 1, 32, 0, nullptr, device<int>(32), device<int>(32), right);
+}
 
 // Blocks write the same element.
 __global__ void grid_race_kernel(int *out, bool right) {
@@ -220,6 +287,24 @@ void alignment(bool right) {
     RAST_LAUNCH(alignment_kernel, 1, 2, 0, nullptr, device<float>(16), device<float4>(2), right ? 0 : 1);
 }
 
+__global__ void copy_kernel(const int *in, int *out, int n) {
+    RAST_DYNAMIC_SHARED(int, tile);
+    const unsigned at = 4 * threadIdx.x;
+    __pipeline_memcpy_async(tile + at, in + at, 16); // FAULT copy_source copy_target copy_alignment
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    if ((int)threadIdx.x < n) out[threadIdx.x] = tile[at];
+}
+void copy_source(bool right) {
+    RAST_LAUNCH(copy_kernel, 1, 32, 512, nullptr, device<int>(right ? 128 : 127), device<int>(32), 32);
+}
+void copy_target(bool right) {
+    RAST_LAUNCH(copy_kernel, 1, 32, right ? 512 : 496, nullptr, device<int>(128), device<int>(32), 31);
+}
+void copy_alignment(bool right) {
+    RAST_LAUNCH(copy_kernel, 1, 32, 512, nullptr, device<int>(132) + (right ? 4 : 2), device<int>(32), 32);
+}
+
 /* ---- addresses ------------------------------------------------------------------------------------------------------- */
 
 __global__ void host_pointer_kernel(const int *in, int *out) { out[threadIdx.x] = in[threadIdx.x]; }
@@ -314,14 +399,19 @@ const struct {
     const char *name;
     void (*run)(bool right);
 } programs[] = {
-    FAULT(block_race),          FAULT(missing_barrier), FAULT(warp_race),      FAULT(shuffle_race),
-    FAULT(other_warp),          FAULT(later_warp),      FAULT(begun_barrier),  FAULT(grid_race),
-    FAULT(grid_barrier_race),   FAULT(fence),           FAULT(missing_event),  FAULT(graph_race),
-    FAULT(host_race),           FAULT(read_bounds),     FAULT(write_bounds),   FAULT(freed),
-    FAULT(fixed_shared),        FAULT(dynamic_shared),  FAULT(alignment),      FAULT(host_pointer),
-    FAULT(hidden_host_pointer), FAULT(device_on_host),  FAULT(product_bounds), FAULT(ended_barrier),
-    FAULT(two_barriers),        FAULT(ended_lane),      FAULT(unnamed_lane),   FAULT(not_in_mask),
-    FAULT(different),           FAULT(fragment),
+    FAULT(block_race),     FAULT(missing_barrier), FAULT(warp_race),
+    FAULT(shuffle_race),   FAULT(other_warp),      FAULT(later_warp),
+    FAULT(begun_barrier),  FAULT(missing_wait),    FAULT(late_wait),
+    FAULT(short_wait),     FAULT(missing_commit),  FAULT(reused_stage),
+    FAULT(changed_source), FAULT(grid_race),       FAULT(grid_barrier_race),
+    FAULT(fence),          FAULT(missing_event),   FAULT(graph_race),
+    FAULT(host_race),      FAULT(read_bounds),     FAULT(write_bounds),
+    FAULT(freed),          FAULT(fixed_shared),    FAULT(dynamic_shared),
+    FAULT(copy_source),    FAULT(copy_target),     FAULT(copy_alignment),
+    FAULT(alignment),      FAULT(host_pointer),    FAULT(hidden_host_pointer),
+    FAULT(device_on_host), FAULT(product_bounds),  FAULT(ended_barrier),
+    FAULT(two_barriers),   FAULT(ended_lane),      FAULT(unnamed_lane),
+    FAULT(not_in_mask),    FAULT(different),       FAULT(fragment),
 };
 
 } // namespace

@@ -4,9 +4,12 @@
  * ThreadSanitizer sees each CUDA thread as a fiber. A switch orders nothing. What does: the launch before the first
  * instruction, the end of all threads before the end of the launch, and a barrier or __syncwarp by an object that is made for
  * that one barrier (an object used again would carry orders from earlier ones). Shuffles and votes order nothing, as in CUDA.
+ * Copies that run beside a thread (cuda_pipeline_primitives.h) are another thread still: it knows what the thread did before it began a
+ * copy, and the thread knows of the copy from its wait on.
  * Fibers are dear to make, so blocks take turns with two sets of them: a block's threads may know what earlier blocks did, but
  * not what the block before it did.
  */
+#include "cuda_pipeline_primitives.h"
 #include "mma.h"
 #include "runtime.h"
 
@@ -46,6 +49,15 @@ struct Warp {
     Fiber *lanes[32];
 };
 
+struct Copy { /* one that has begun */
+    void *to;
+    const void *from;
+    size_t bytes, zeros;
+    uint64_t group;
+};
+constexpr unsigned MOST_COPIES = 64; /* of a thread, under way at a time */
+constexpr size_t MOST_GROUPS = 8;    /* that a wait can leave out, and one */
+
 struct Fiber : Self {
     void *sp, *fake;
     char *bottom; /* of the stack */
@@ -61,6 +73,12 @@ struct Fiber : Self {
     bool fenced;
     const void *atomics[4]; /* the last atomic accesses, for the next fence */
     unsigned n_atomics;
+    Copy copies[MOST_COPIES];
+    unsigned n_copies;
+    uint64_t group;                      /* that the next copy belongs to; those before it are closed */
+    void *copier;                        /* who makes the copies, for ThreadSanitizer */
+    bool copied;                         /* in this block */
+    uint64_t begun, closed[MOST_GROUPS]; /* addresses for ThreadSanitizer */
 };
 
 namespace {
@@ -91,6 +109,7 @@ constexpr size_t BEHIND = 0;
 
 struct {
     const Launch *launch;
+    const Context *context;
     const void *site;
     unsigned n_threads, ended, at_barrier;
     Collective barrier_kind;
@@ -124,6 +143,9 @@ void prepare(Fiber *f) {
     f->fenced = false;
     f->n_atomics = 0;
     f->ordering = nullptr;
+    f->n_copies = 0;
+    f->group = 0;
+    f->copied = false;
 }
 
 char *map(size_t bytes) {
@@ -153,6 +175,10 @@ void delete_fiber(Fiber *f) {
     __asan_unpoison_memory_region(f->bottom, f->size);
     tsan_destroy_fiber(f->tsan);
     n_fibers--;
+    if (f->copier) {
+        tsan_destroy_fiber(f->copier);
+        n_fibers--;
+    }
     munmap(p, PAGE + STACK + head); /* intercepted: accesses to the stack are forgotten */
 }
 
@@ -328,15 +354,24 @@ void leave_warp(Fiber *f) {
     }
 }
 
+/* The launch ends after copies that nobody waited for, too. */
+void end_copies(const Fiber *f) {
+    if (!f->copied) return;
+    tsan_switch_to_fiber(f->copier);
+    tsan_release(&block.end);
+    tsan_switch_to_fiber(f->tsan);
+}
+
 [[noreturn]] void thread_main() {
     __sanitizer_finish_switch_fiber(nullptr, scheduler.bottom ? nullptr : (const void **)&scheduler.bottom,
                                     scheduler.bottom ? nullptr : &scheduler.size);
     tsan_func_entry(const_cast<void *>(block.site));
     tsan_acquire(&block.start);
     block.launch->run(block.launch->arguments);
+    Fiber *f = running;
+    end_copies(f);
     tsan_release(&block.end);
     tsan_func_exit();
-    Fiber *f = running;
     f->spoiled = false;
     block.ended++;
     leave_warp(f);
@@ -431,6 +466,7 @@ void run_block(Context &context) {
     for (Fiber *f : block.fibers) { /* threads left in the middle, after an error */
         if (!f->spoiled) continue;
         tsan_switch_to_fiber(f->tsan);
+        end_copies(f);
         tsan_release(&block.end);
         tsan_switch_to_fiber(scheduler.tsan);
     }
@@ -462,6 +498,7 @@ cudaError_t run_grid(const Launch &l, Context &own, const void *site, void *host
         __asan_poison_memory_region(shared_memory + PAGE, SHARED);
     }
     block.launch = &l;
+    block.context = &context;
     block.site = site;
     block.error = cudaSuccess;
     block.n_threads = l.block.x * l.block.y * l.block.z;
@@ -614,6 +651,78 @@ void after_atomic(const void *p) {
 #else
     (void)p;
 #endif
+}
+
+/* ---- copies beside the thread ---------------------------------------------------------------------------------------- */
+
+void async_check(const void *to, const void *from, size_t bytes, size_t zeros, const char *file, int line) {
+    const char *const p = static_cast<const char *>(to);
+    const auto within = [&](const char *start, const char *stop) { return p >= start && p + bytes <= stop; };
+    const char *what = nullptr;
+    if (bytes != 4 && bytes != 8 && bytes != 16)
+        what = "an asynchronous copy of other than 4, 8 or 16 bytes";
+    else if (zeros != 0 && zeros != bytes)
+        what = "an asynchronous copy that is zeros in part: the emulation has none";
+    else if ((uintptr_t)to % bytes || (uintptr_t)from % bytes)
+        what = "an asynchronous copy whose addresses are not aligned to its size";
+    else if (!within(block.dynamic, block.dynamic + block.launch->shared) &&
+             !within(block.launch->shared_start, block.launch->shared_stop))
+        what = "an asynchronous copy to what is not shared memory";
+    else if (zeros == 0 && !in_device_memory(from))
+        what = "an asynchronous copy from what is not device memory";
+    else if (running->n_copies == MOST_COPIES)
+        what = "more asynchronous copies under way than the emulation keeps";
+    if (what) fail(cudaErrorIllegalAddress, what, file, line);
+}
+
+void async_copy(void *to, const void *from, size_t bytes, size_t zeros) {
+    Fiber *f = running;
+    f->copies[f->n_copies++] = {to, from, bytes, zeros, f->group};
+    f->copied = true;
+#ifdef EMULATION_THREAD
+    if (!f->copier) {
+        make_room(1, block.context);
+        f->copier = tsan_create_fiber();
+        n_fibers++;
+    }
+#endif
+    tsan_release(&f->begun);
+    tsan_switch_to_fiber(f->copier);
+    tsan_acquire(&f->begun);
+    tsan_func_entry(__builtin_return_address(0));
+    tsan_write_range(to, bytes);
+    if (zeros == 0) tsan_read_range(const_cast<void *>(from), bytes);
+    tsan_func_exit();
+    tsan_switch_to_fiber(f->tsan);
+}
+
+void async_commit() {
+    Fiber *f = running;
+    if (f->copied) {
+        tsan_switch_to_fiber(f->copier);
+        tsan_release(&f->closed[f->group % MOST_GROUPS]);
+        tsan_switch_to_fiber(f->tsan);
+    }
+    f->group++;
+}
+
+void async_wait(size_t prior, const char *file, int line) {
+    Fiber *f = running;
+    if (prior >= MOST_GROUPS) fail(cudaErrorInvalidValue, "a wait that leaves out more groups than 7", file, line);
+    if (!f->copied || f->group <= prior) return;
+    unsigned left = 0;
+    for (unsigned i = 0; i < f->n_copies; i++) {
+        const Copy c = f->copies[i];
+        if (c.group + prior >= f->group) {
+            f->copies[left++] = c;
+            continue;
+        }
+        volatile uint32_t *to = static_cast<volatile uint32_t *>(c.to);
+        const volatile uint32_t *from = static_cast<const volatile uint32_t *>(c.from);
+        for (size_t word = 0; word < c.bytes / 4; word++) to[word] = c.zeros ? 0 : from[word];
+    }
+    f->n_copies = left;
+    tsan_acquire(&f->closed[(f->group - 1 - prior) % MOST_GROUPS]);
 }
 
 void fail(cudaError_t error, const char *message, const char *file, int line) {
