@@ -271,10 +271,11 @@ def show(report: dict[str, Any], base: float, small: float, batch: int) -> None:
             ways[name].add(Counts(**piece))
     speeds = {name: [way.tokens / len(rounds) / seconds[name] for seconds in rounds] for name, way in ways.items()}
     for name, way in ways.items():
+        predicted = way.predicted(base, small) if batch == 1 else float("nan")
         ratios = (spread(a / b for a, b in zip(speeds[name], speeds[than], strict=True)) for than in BESIDE)
         print(
             f"{name:12}{statistics.median(speeds[name]):12,.1f}{way.acceptance:12.0%}"
-            f"{way.tokens / way.sequence_steps:12.2f}{way.drafting:12.0%}{way.predicted(base, small) if batch == 1 else float('nan'):12.2f}"
+            f"{way.tokens / way.sequence_steps:12.2f}{way.drafting:12.0%}{predicted:12.2f}"
             + "".join(f"{ratio:>22}" for ratio in ratios)
         )
 

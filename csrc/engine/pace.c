@@ -159,7 +159,8 @@ void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
         const rast_sample *s = e->running[i];
         const size_t n = s->n_draw_out;
         if (!s->scheduled) continue;
-        if (s->n_prompt_out || !n || (!plan->draft_net && s->end[0] - s->start[0] != n)) return; /* a prompt's rows */
+        if (!rast_sample_n_new(s) || !n || (!plan->draft_net && s->end[0] - s->start[0] != n))
+            return; /* a prompt's rows, or its last block was copied */
         rows += n;
         if (!s->draft_net) undrafted += n;
         ahead &= rast_may_run_ahead(s->job);
