@@ -216,18 +216,20 @@ class Decoder:
 
 
 def take_turns(ways: dict[str, Decoder], batches: Sequence[Sequence[Any]], rounds: int) -> list[dict[str, float]]:
-    """Seconds of each way in each round: with every batch, in turns, forth and back. A turn before them, with every
-    batch, warms up: the cache holds the prompts, and costs are known."""
+    """Seconds of each way in each round: with every batch, in turns, forth and back, each time another one first. A
+    turn before them, with every batch, warms up: the cache holds the prompts, and costs are known."""
     for batch in batches:
         for way in ways.values():
             way(batch)
     for way in ways.values():
         way.counts = Counts()
-    results = []
+    results, names = [], list(ways)
     for i in range(rounds):
         seconds = dict.fromkeys(ways, 0.0)
-        for batch in batches:
-            for name in (*ways, *reversed(ways)):
+        for j, batch in enumerate(batches):
+            first = (i + j) % len(ways)
+            order = names[first:] + names[:first]
+            for name in order + order[::-1]:
                 seconds[name] += ways[name](batch)
         results.append(seconds)
         print(f"  round {i + 1}: " + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()), file=sys.stderr)

@@ -228,10 +228,12 @@ typedef struct {
     uint64_t nets;                /* that take part in the steps' draws */
     uint64_t used;                /* when */
     float share[RAST_PACE_KINDS]; /* of these nets' bytes that a step reads */
+    float slowness;               /* of the machine now: seconds of a step are so many times those below */
     struct {
         float seconds;
         uint32_t times;                        /* measured, 2: or more */
     } step[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* by rows */
+    const float *latest;                       /* of these seconds, the ones that were measured last */
 } rast_costs;
 typedef struct {
     rast_costs costs[RAST_PACE_SETS];
