@@ -12,8 +12,9 @@ In a round all take short turns, forth and back, so that changes in the machine'
 medians over the rounds, of ratios within each, with their quartiles in brackets. With `--json` rounds are added to
 those that the file has already, so a long measurement can be made in pieces.
 
-The column "predicted" is the speed-up over plain transfer by the bytes of the models alone: with k drafts a step reads
-the expert k + 1 times and the others once. It holds at batch 1.
+The column "by bytes" is the speed-up over plain transfer at batch 1 by the bytes of the models alone: with k drafts a
+step reads the expert k + 1 times and the others once. For "predicted" a check of so many rows takes as much longer than
+one of a single row as a plain step of so many sequences does, which is measured beside.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ PROMPTS = (
     "Describe how a letter travels from one country to another.",
 )
 NORM_NOISE = 0.05  # of the antiexpert
-COUNTS = ("accepted", "rejected", "steps", "draft_steps", "step_ns", "draft_ns")
+COUNTS = ("drafted", "accepted", "rejected", "steps", "draft_steps", "step_ns", "draft_ns")
 BESIDE = ("plain", "base alone")
+ROW_TOKENS, ROW_ROUNDS = 12, 3
 N_DEMO = 64  # problems of the demonstration in a round
 
 
@@ -188,10 +190,15 @@ class Counts:
         """Share of the models' time."""
         return self.engine["draft_ns"] / (self.engine["draft_ns"] + self.engine["step_ns"])
 
-    def predicted(self, base: float, small: float) -> float:
-        """Speed-up over plain transfer at batch 1, if time were the bytes of the weights."""
+    @property
+    def width(self) -> float:
+        """Rows of a step that checks, at batch 1."""
+        return 1 + self.engine["drafted"] / self.engine["steps"]
+
+    def predicted(self, base: float, small: float, widened: float = 1.0) -> float:
+        """Speed-up over plain transfer at batch 1, if time were the bytes of the weights, in checks `widened` times."""
         passes = self.engine["draft_steps"] / self.engine["steps"]
-        checks = base + small + (small if passes == 0 else 0)
+        checks = (base + small + (small if passes == 0 else 0)) * widened
         return self.tokens / self.sequence_steps * (base + 2 * small) / (checks + passes * small)
 
 
@@ -236,6 +243,19 @@ def take_turns(ways: dict[str, Decoder], batches: Sequence[Sequence[Any]], round
     return results
 
 
+def time_of_rows(model: rast.RastForCausalLM, prompts: Sequence[Any], **how: Any) -> float:
+    """What a plain step of so many sequences takes, in steps of one."""
+    if len(prompts) == 1:
+        return 1.0
+    decode = Decoder(model, **how | {"num_assistant_tokens": 0, "max_new_tokens": ROW_TOKENS, "eos_token_id": None})
+    decode(prompts)
+    ratios = []
+    for _ in range(ROW_ROUNDS):
+        seconds = [decode(these) for these in (prompts[:1], prompts, prompts, prompts[:1])]
+        ratios.append((seconds[1] + seconds[2]) / (seconds[0] + seconds[3]))
+    return statistics.median(ratios)
+
+
 def spread(values: Iterable[float]) -> str:
     """Median, and quartiles."""
     found = sorted(values)
@@ -254,15 +274,16 @@ def gather(path: Path | None, about: dict[str, Any], report: dict[str, Any]) -> 
         report = {
             "rounds": before["rounds"] + report["rounds"],
             "counts": {name: before["counts"][name] + counts for name, counts in report["counts"].items()},
+            "widened": {name: before["widened"][name] + found for name, found in report["widened"].items()},
         }
     path.write_text(json.dumps({"about": about, **report}, indent=1))
     return report
 
 
-def show(report: dict[str, Any], base: float, small: float, batch: int) -> None:
+def show(report: dict[str, Any], base: float, small: float) -> None:
     """Prints the gathered rounds."""
     rounds: list[dict[str, float]] = report["rounds"]
-    columns = ("tokens/s", "acceptance", "tokens/step", "drafting", "predicted")
+    columns = ("tokens/s", "acceptance", "tokens/step", "drafting", "by bytes", "predicted")
     print(
         f"{'':12}" + "".join(f"{column:>12}" for column in columns) + "".join(f"{'× ' + than:>22}" for than in BESIDE)
     )
@@ -273,11 +294,13 @@ def show(report: dict[str, Any], base: float, small: float, batch: int) -> None:
             ways[name].add(Counts(**piece))
     speeds = {name: [way.tokens / len(rounds) / seconds[name] for seconds in rounds] for name, way in ways.items()}
     for name, way in ways.items():
-        predicted = way.predicted(base, small) if batch == 1 else float("nan")
+        widened: list[float] = report["widened"][name]
+        predicted = [way.predicted(base, small, by) for by in (1.0, statistics.median(widened))] if widened else []
         ratios = (spread(a / b for a, b in zip(speeds[name], speeds[than], strict=True)) for than in BESIDE)
         print(
             f"{name:12}{statistics.median(speeds[name]):12,.1f}{way.acceptance:12.0%}"
-            f"{way.tokens / way.sequence_steps:12.2f}{way.drafting:12.0%}{predicted:12.2f}"
+            f"{way.tokens / way.sequence_steps:12.2f}{way.drafting:12.0%}"
+            + ("".join(f"{by:12.2f}" for by in predicted) or f"{'':24}")
             + "".join(f"{ratio:>22}" for ratio in ratios)
         )
 
@@ -343,14 +366,19 @@ def main() -> None:
         ways["base, auto"] = Decoder(model, transfer_strength=0.0, **how)
     for k in args.drafts:
         ways[f"drafts {k}"] = Decoder(model, num_assistant_tokens=k if k == "auto" else int(k), **how)
-    rounds = take_turns(ways, [prompts[i : i + args.batch] for i in range(0, n, args.batch)], args.rounds)
+    batches = [prompts[i : i + args.batch] for i in range(0, n, args.batch)]
+    rounds = take_turns(ways, batches, args.rounds)
     about = {"trio": "demonstration" if args.demo else f"{args.size:g} ×, noise {args.noise:g}"}
     about |= {"batch": args.batch, "prompts": n, "tokens": how["max_new_tokens"], "sample": args.sample}
     counts = {name: [vars(way.counts)] for name, way in ways.items()}
-    report = gather(args.json, about, {"rounds": rounds, "counts": counts})
+    widened = {
+        name: [time_of_rows(model, prompts[: round(way.counts.width)], **way.options)] if args.batch == 1 else []
+        for name, way in ways.items()
+    }
+    report = gather(args.json, about, {"rounds": rounds, "counts": counts, "widened": widened})
     print(", ".join(f"{name} {value}" for name, value in about.items()), f"; {len(report['rounds'])} rounds")
     base_bytes, small_bytes = (net["weight_bytes"] for net in model.info()["nets"][:2])
-    show(report, base_bytes, small_bytes, args.batch)
+    show(report, base_bytes, small_bytes)
 
 
 if __name__ == "__main__":
