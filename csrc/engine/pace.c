@@ -332,7 +332,8 @@ void rast_pace_choose(rast_engine *e) {
     rast_pace *p = &e->pace;
     const size_t n = e->n_running;
     const uint32_t steps = 1 + e->n_ahead; /* since the last choice */
-    const rast_costs *c = find_costs(e);
+    rast_costs *c = find_costs(e);
+    uint64_t *plain_at = &c->plain_at[width_of(n)];
     int any = 0, grams = 0, nets = 0;
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = e->running[i];
@@ -346,10 +347,11 @@ void rast_pace_choose(rast_engine *e) {
     if (p->rests) {
         p->rests -= p->rests < steps ? p->rests : steps;
         p->since_draft += steps;
+        *plain_at = p->n_choices;
         return;
     }
-    if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
-        p->since_plain = 0;
+    if (p->n_choices - *plain_at > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
+        *plain_at = p->n_choices;
         return;
     }
     const float plain = (float)n / cost(c, RAST_PACE_PLAIN, n);
@@ -361,7 +363,7 @@ void rast_pace_choose(rast_engine *e) {
         p->draft_later = p->since_draft = 0;
         return;
     }
-    p->since_plain = 0;
+    *plain_at = p->n_choices;
     p->rests = (uint32_t)n / 8;
     p->since_draft += steps;
     if (p->since_draft <= DRAFT_LEAST + p->draft_later || !(grams || nets)) return;
