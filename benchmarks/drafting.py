@@ -65,19 +65,21 @@ def measure(target: Array, drafter: Array, rng: np.random.Generator) -> NDArray[
     return totals
 
 
-def tree_gain(accepts: float, second: float, expert_pass: float, row: float) -> tuple[float, float]:
-    """Tokens a time of the best chain of drafts, and of the best one with second choices beside it as leaves.
+def tree_gain(accepts: float, second: float, expert_pass: float, row: float) -> tuple[float, int, int]:
+    """How much faster the best chain of k drafts with second choices beside its first n as leaves is than the best one
+    without, with k and n.
 
     A pass that checks one row takes 1, each row more `row`, a pass of the expert `expert_pass`. A leaf stands where the
     chain breaks, in (second - accepts) / (1 - accepts) of the cases, and is worth one token.
     """
     rescued = (second - accepts) / (1 - accepts)
 
-    def rate(k: int, leaves: bool) -> float:
-        tokens = (1 - accepts ** (k + 1)) / (1 - accepts) + leaves * rescued * (1 - accepts**k)
-        return tokens / (1 + row * k * (2 if leaves else 1) + expert_pass * (k + 1))
+    def rate(k: int, n: int) -> float:
+        tokens = (1 - accepts ** (k + 1)) / (1 - accepts) + rescued * (1 - accepts**n)
+        return tokens / (1 + row * (k + n) + expert_pass * (k + 1))
 
-    return max(rate(k, False) for k in range(1, 13)), max(rate(k, True) for k in range(1, 13))
+    chain = max(rate(k, 0) for k in range(1, 13))
+    return max((rate(k, n) / chain, k, n) for k in range(1, 13) for n in range(1, k + 1))
 
 
 def main() -> None:
@@ -87,8 +89,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.05)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--sample", action="store_true", help="text drawn at temperature 1 (default: greedy)")
-    parser.add_argument("--expert-pass", type=float, default=0.13, help="cost of one, in checks of one row")
-    parser.add_argument("--row", type=float, default=0.03, help="cost of a further row of a check, likewise")
+    parser.add_argument("--expert-pass", type=float, default=0.16, help="cost of one, in checks of one row")
+    parser.add_argument("--row", type=float, default=0.10, help="cost of a further row of a check, likewise")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     if args.folder:
@@ -120,10 +122,10 @@ def main() -> None:
                 totals += rows * measure(target[depth:], corrected, rng)
                 n += rows
             if depth == 1 and weight == 0:
-                chain, tree = tree_gain(totals[1] / n, totals[3] / n, args.expert_pass, args.row)
+                tree = tree_gain(totals[1] / n, totals[3] / n, args.expert_pass, args.row)
             name = "expert" if weight == 0 else f"+ {weight:g} of what was missing"
             print(f"{depth} behind: {name:28}" + "".join(f"{value / n:9.1%}" for value in totals), flush=True)
-    print(f"leaves beside the chain: {tree / chain:.2f} times its speed, by cost")
+    print("{:.2f} times a chain's speed: {} drafts, with leaves beside the first {}".format(*tree))
 
 
 if __name__ == "__main__":
