@@ -326,7 +326,7 @@ def memory_table() -> str:
         per_token = base.kv_token_bytes + 2 * small.kv_token_bytes
         room = []
         for device in DEVICES:
-            left = device.memory * 0.95 - stored
+            left = (device.memory - stored) * 0.9
             room.append(
                 f"{left / per_token / 1e3:.0f} thousand" if left > 0 else f"{ceil(stored / device.memory)} devices"
             )
@@ -418,7 +418,7 @@ def page() -> str:
             op table says so. The bytes of our own kernels and the number of launches agree with what is counted
             under emulation (`tests/cuda/test_costs.py`)."""),
         "## Memory",
-        "Weights as stored, and how many tokens of keys and values fit beside them (5 % of the device left free).",
+        "Weights as stored, and how many tokens of keys and values fit beside them (90 % of the rest, the default).",
         memory_table(),
         "## A decode step",
         paragraph(f"""

@@ -73,7 +73,19 @@ ERRORS = {  # name: (file of csrc/engine, text, text in its place)
 }
 
 
-def first_failure(folder: Path, name: str) -> str:
+def first_failure(folder: Path) -> str:
+    """The first test that fails, or an empty string."""
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=folder, check=True, capture_output=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode == 0:
+        return ""
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0] if lines else f"pytest ended with {result.returncode}"
+
+
+def failure_with(folder: Path, name: str) -> str:
     """The first test that fails with the error, or an empty string."""
     file, old, new = ERRORS[name]
     source = folder / "csrc" / "engine" / file
@@ -82,16 +94,9 @@ def first_failure(folder: Path, name: str) -> str:
         raise SystemExit(f"{file}: {old!r} occurs {text.count(old)} times: bring this script up to date")
     try:
         source.write_text(text.replace(old, new))
-        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=folder, check=True, capture_output=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        return first_failure(folder)
     finally:
         source.write_text(text)
-    if result.returncode == 0:
-        return ""
-    lines = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return lines[0].split(" - ")[0] if lines else f"pytest ended with {result.returncode}"
 
 
 def main() -> int:
@@ -99,8 +104,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "rast"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "*.o"))
+        if failure := first_failure(folder):
+            raise SystemExit(f"without any error: {failure}")
         for error in sys.argv[1:] or ERRORS:
-            found = first_failure(folder, error)
+            found = failure_with(folder, error)
             missed += not found
             print(f"{error:56} {found or 'NOT FOUND'}", flush=True)
     return int(missed > 0)

@@ -19,6 +19,7 @@ from rast.demo import evaluate, paths
 from rast.demo.problems import problems
 
 DRAFTS = (1, 2, 3, 8, "auto")
+N_TRIOS = 200 if FULL else 8
 
 
 def drafts(model: Any) -> tuple[int, int]:
@@ -100,7 +101,8 @@ def test_batch_of_everything(text_trio: dict[str, Any]) -> None:
         got = run(model, prompts, num_assistant_tokens=k, transfer_strength=strengths, **options)
         assert_same(got, want, f"{k} drafts, {limits}")
         info = model.cache_info()
-        assert info["n_free"] == info["n_blocks"] and info["accepted"] > 0
+        assert info["n_free"] == info["n_blocks"]
+        assert info["accepted"] > 0 or k == "auto"  # which may find on a busy machine that drafts do not pay
         assert info["preempted"] > 0 or "kv_cache_tokens" not in limits
 
 
@@ -122,7 +124,7 @@ def test_requests_with_other_numbers_of_drafts(text_trio: dict[str, Any]) -> Non
 def small_trios(zoo: ModelZoo) -> list[Any]:
     """Other shapes, vocabularies and types, all with an expert near the target."""
     trios = []
-    for i in range(200 if FULL else 8):
+    for i in range(N_TRIOS):
         rng = np.random.default_rng(i)
         arch = str(rng.choice(["llama-bias", "qwen2-tied", "qwen3-tied", "mistral"]))
         shape: dict[str, Any] = dict(max_position_embeddings=96, num_hidden_layers=1)
@@ -137,15 +139,15 @@ def small_trios(zoo: ModelZoo) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@bounded(80)
+@pytest.mark.parametrize("which", range(N_TRIOS))
+@bounded(1 if FULL else 10)
 @given(
     prompts=PROMPTS,
     options=st.fixed_dictionaries({}, optional=ANY_OPTIONS),
-    which=st.integers(0, 10**6),
     k=st.sampled_from([1, 2, 5, "auto"]),
 )
-def test_any_options(small_trios: list[Any], prompts: Any, options: dict[str, Any], which: int, k: Any) -> None:
-    model = small_trios[which % len(small_trios)]
+def test_any_options(small_trios: list[Any], which: int, prompts: Any, options: dict[str, Any], k: Any) -> None:
+    model = small_trios[which]
     options = {name: value for name, value in options.items() if name != "num_assistant_tokens"} | {"seed": 5}
     if not options.get("do_sample"):
         options.pop("num_return_sequences", None)

@@ -30,6 +30,7 @@ static const float UNLIKELY = .02f;  /* to stand: not worth a look */
 static const float MOST = 1.06f;     /* that one time changes what is known of the machine's speed, */
 static const float OWN = .5f;        /* and this power of it, of the step's own cost, behind a time of another step, */
 static const float AGAIN = .1f;      /* or of the same one */
+static const float LEAST = .25f;     /* of a check's time is not the pass that is taken off it */
 static const float DISTURBED = 1.5f; /* what is known, beside a new time: it was not the step */
 
 /* ---- what steps take ----------------------------------------------------------------------------------------------- */
@@ -193,7 +194,7 @@ void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
     if (kind == RAST_PACE_PLAIN && ahead) /* one after the other, host and device work at the same time */
         now = fmaxf((float)seconds, (float)(whole - seconds));
     now /= c->slowness;
-    if (kind == RAST_PACE_CHECK) now -= cost(c, RAST_PACE_DRAFT, undrafted);
+    if (kind == RAST_PACE_CHECK) now = fmaxf(now - cost(c, RAST_PACE_DRAFT, undrafted), LEAST * now);
     if (now > 0) learn_cost(c, &c->step[kind][width].seconds, &c->step[kind][width].times, now);
 }
 

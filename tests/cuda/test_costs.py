@@ -323,11 +323,11 @@ def test_launches_of_a_decode_step(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatc
     """One more token is one more decode step: with split attention, and with more rows than a short segment has."""
     monkeypatch.setenv("RAST_CUDA_PLUGIN", str(backend.library()))
     monkeypatch.setenv("RAST_CUDA_GRAPHS", "0")
-    shape = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=311)
+    shape = dict(hidden_size=64, intermediate_size=104, num_attention_heads=4, num_key_value_heads=2, vocab_size=311)
     folders = zoo.trio("qwen2", **shape)
     model = load_rast(*folders, device="cuda", dtype="bfloat16")
     layers = [json.loads((folder / "config.json").read_text())["num_hidden_layers"] for folder in folders]
-    base, small = (COSTS.Net("", n, 64, 4, 2, 101, 311, tied=False, head_dim=16) for n in layers[:2])
+    base, small = (COSTS.Net("", n, 64, 4, 2, 104, 311, tied=False, head_dim=16) for n in layers[:2])
     library = backend.Emulation().lib
 
     def launches(prompts: list[Array], n: int) -> dict[str, int]:

@@ -132,7 +132,10 @@ int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_
     }
     memcpy(copy, host, bytes);
     ctx->id_lists[ctx->n_id_lists++] = (cuda_id_list){copy, n, *out};
-    return cuda_check(ctx, cudaMemcpy(cuda_ptr(*out), host, bytes, cudaMemcpyHostToDevice), "copying ids", err);
+    status = cuda_check(ctx, cudaMemcpy(cuda_ptr(*out), host, bytes, cudaMemcpyHostToDevice), "copying ids", err);
+    /* from pageable memory it may return before the numbers are there, and streams do not wait for the legacy one */
+    if (status == RAST_OK) status = cuda_check(ctx, cudaStreamSynchronize(NULL), "copying ids", err);
+    return status;
 }
 
 /* ---- the device ---------------------------------------------------------------------------------------------------- */
@@ -220,8 +223,13 @@ static int current_device(const rast_ctx *ctx) {
     return device;
 }
 
+/* That it cannot be used is no error of ours, and must not be found as one behind a later launch. */
+static void set_device_again(int device) {
+    if (cudaSetDevice(device) != cudaSuccess) cudaGetLastError();
+}
+
 static void restore_device(const rast_ctx *ctx, int device) {
-    if (device >= 0 && device != ctx->device) cudaSetDevice(device);
+    if (device >= 0 && device != ctx->device) set_device_again(device);
 }
 
 static int op_open(const rast_device *device, rast_ctx **out, rast_error *err) {
@@ -229,7 +237,7 @@ static int op_open(const rast_device *device, rast_ctx **out, rast_error *err) {
     const int known = cudaGetDevice(&before) == cudaSuccess;
     if (!known) cudaGetLastError(); /* device_open says why */
     int status = device_open(device, out, err);
-    if (known && before != device->index) cudaSetDevice(before);
+    if (known && before != device->index) set_device_again(before);
     return status;
 }
 

@@ -111,6 +111,9 @@ void cuda_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, siz
 /* ---- needs --------------------------------------------------------------------------------------------------------- */
 
 /* Floats from a row of logits to the next: rows begin at 16 bytes. */
+/* cuBLAS cannot see pointers that are on the device, and takes what they point to as aligned. */
+static int is_aligned(rast_dev address) { return address % 16 == 0; }
+
 static size_t logits_stride(const rast_logits *l) { return ((size_t)l->n_vocab + 3) / 4 * 4; }
 
 /* Whether the term's logits are put together here, by a product or from rows that were saved for some of the outputs. */
@@ -146,6 +149,7 @@ static int32_t same_heads(const rast_logits *l, int32_t m, int32_t members[RAST_
         if (!has_product(t) || !has_product(other) || head_rows(l, other) != head_rows(l, t) ||
             other->head->in != t->head->in || other->hidden_type != t->hidden_type)
             continue;
+        if (j != m && !is_aligned(t->hidden | t->head->data | other->hidden | other->head->data)) continue;
         if (j < m) return 0;
         members[n++] = j;
     }
@@ -220,25 +224,51 @@ static rast_dev table_of(const rast_queue *q, const cuda_op *op) {
     return q->tables.data + op->table * sizeof *q->tables.host;
 }
 
+typedef struct {
+    rast_dev w, x, y;
+} operands;
+
+/* Of the op's product i: jobs, and their models. */
+static operands operands_of(const cuda_op *op, size_t i) {
+    const size_t n_models = (size_t)op->pass.n_models, cap = (size_t)op->pass.cap_rows, m = i % n_models;
+    const rast_mm *job = &op->u.matmul.jobs[i / n_models];
+    const size_t in = (size_t)job->w[m]->in * cuda_type_bytes(op->pass.act_type);
+    return (operands){job->w[m]->data, job->x + m * cap * in,
+                      job->y + m * cap * (size_t)job->w[m]->out * sizeof(float)};
+}
+
+static size_t n_products(const cuda_op *op) { return (size_t)op->pass.n_models * (size_t)op->u.matmul.n_jobs; }
+
 static void matmul_pointers(const cuda_op *op, uint64_t *out) {
-    const size_t n_models = (size_t)op->pass.n_models, cap = (size_t)op->pass.cap_rows;
-    const size_t n = n_models * (size_t)op->u.matmul.n_jobs;
+    const size_t n = n_products(op);
     for (size_t i = 0; i < n; i++) {
-        const rast_mm *job = &op->u.matmul.jobs[i / n_models];
-        const size_t m = i % n_models, in = (size_t)job->w[m]->in * cuda_type_bytes(op->pass.act_type);
-        out[i] = job->w[m]->data;
-        out[n + i] = job->x + m * cap * in;
-        out[2 * n + i] = job->y + m * cap * (size_t)job->w[m]->out * sizeof(float);
+        const operands o = operands_of(op, i);
+        out[i] = o.w;
+        out[n + i] = o.x;
+        out[2 * n + i] = o.y;
     }
+}
+
+static int may_batch(const cuda_op *op) {
+    rast_dev all = 0;
+    for (size_t i = 0; i < n_products(op); i++) {
+        const operands o = operands_of(op, i);
+        all |= o.w | o.x | o.y;
+    }
+    return n_products(op) > 1 && is_aligned(all);
 }
 
 static int enqueue_matmul(rast_queue *q, const cuda_op *op, rast_error *err) {
     const rast_mm *jobs = op->u.matmul.jobs;
     const rast_weight *w = jobs[0].w[0];
     const product p = {w->out, w->in, op->pass.cap_rows, op->pass.act_type, w->out};
-    const int32_t n = op->pass.n_models * op->u.matmul.n_jobs;
-    int status =
-        n == 1 ? multiply(q, &p, w->data, jobs[0].x, jobs[0].y, err) : multiply_batch(q, &p, table_of(q, op), n, err);
+    const size_t n = n_products(op);
+    const int batch = may_batch(op);
+    int status = batch ? multiply_batch(q, &p, table_of(q, op), (int32_t)n, err) : RAST_OK;
+    for (size_t i = 0; i < n && !batch && status == RAST_OK; i++) {
+        const operands o = operands_of(op, i);
+        status = multiply(q, &p, o.w, o.x, o.y, err);
+    }
     for (int32_t j = 0; j < op->u.matmul.n_jobs && status == RAST_OK; j++)
         if (jobs[j].bias) rast_kernel_bias(q->stream, &op->pass, jobs[j].bias, jobs[j].y);
     return status;
