@@ -228,20 +228,17 @@ typedef struct {
     uint64_t nets;                /* that take part in the steps' draws */
     uint64_t used;                /* when */
     float share[RAST_PACE_KINDS]; /* of these nets' bytes that a step reads */
-    float slowness;               /* of the machine now: seconds of a step are so many times those below */
     struct {
         float seconds;
         uint32_t times;                        /* measured, 2: or more */
     } step[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* by rows */
-    const float *latest;                       /* of these seconds, the ones that were measured last */
-    uint64_t plain_at[RAST_PACE_WIDTHS];       /* the last choice of a plain step, by samples */
 } rast_costs;
 typedef struct {
     rast_costs costs[RAST_PACE_SETS];
-    int32_t set;                                    /* whose costs are this step's; -1: nobody's */
-    uint64_t n_choices;                             /* made so far */
-    rast_record record;                             /* of all samples */
-    uint32_t since_draft, plain_later, draft_later; /* steps */
+    int32_t set;                                                 /* whose costs are this step's; -1: nobody's */
+    uint64_t n_choices;                                          /* made so far */
+    rast_record record;                                          /* of all samples */
+    uint32_t since_plain, since_draft, plain_later, draft_later; /* steps */
     double since, drawing; /* when the last step had run, 0: nobody waited for another; seconds of passes since then */
     uint32_t
         rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */

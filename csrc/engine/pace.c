@@ -23,14 +23,11 @@ enum {
 };
 static const float WORTH = 1.05f;                                    /* drafts have to gain so much */
 static const float FIRST[RAST_DRAFT_SOURCES] = {.7f, .3f, .4f, .6f}; /* acceptance while nothing is known */
-static const float OF_ALL = 4;       /* what all samples' acceptance counts, in drafts, beside a sample's own */
-static const float FORGET = .97f;    /* with each step that checks drafts */
-static const float FADE = .99f;      /* with each step that does not */
-static const float UNLIKELY = .02f;  /* to stand: not worth a look */
-static const float MOST = 1.06f;     /* that one time changes what is known of the machine's speed, */
-static const float OWN = .5f;        /* and this power of it, of the step's own cost, behind a time of another step, */
-static const float AGAIN = .1f;      /* or of the same one */
-static const float LEAST = .25f;     /* of a check's time is not the pass that is taken off it */
+static const float OF_ALL = 4;      /* what all samples' acceptance counts, in drafts, beside a sample's own */
+static const float FORGET = .97f;   /* with each step that checks drafts */
+static const float FADE = .99f;     /* with each step that does not */
+static const float UNLIKELY = .02f; /* to stand: not worth a look */
+static const float NUDGE = 1.03f;
 static const float DISTURBED = 1.5f; /* what is known, beside a new time: it was not the step */
 
 /* ---- what steps take ----------------------------------------------------------------------------------------------- */
@@ -129,7 +126,7 @@ static rast_costs *find_costs(rast_engine *e) {
     if (i == RAST_PACE_SETS) {
         size_t all = 0;
         for (int32_t m = 0; m < e->model->n_nets; m++) all += nets >> m & 1 ? e->model->nets[m].weight_bytes : 0;
-        *c = (rast_costs){.nets = nets, .slowness = 1};
+        *c = (rast_costs){.nets = nets};
         c->share[RAST_PACE_PLAIN] = 1;
         c->share[RAST_PACE_DRAFT] = draft_net ? (float)e->model->nets[draft_net].weight_bytes / (float)all : 0;
         c->share[RAST_PACE_CHECK] = 1 - c->share[RAST_PACE_DRAFT];
@@ -151,23 +148,6 @@ static double whole_step(rast_engine *e, const rast_flight *f, double seconds) {
     return whole;
 }
 
-/* A machine changes its speed, by what others do on it, for all steps alike: if only the costs that are measured followed, rare
- * steps would seem cheap or dear beside the others. So a time moves the slowness, and the step's own cost mostly where
- * another step was timed just before, on the machine as it is now. Both by the same bounded measure: neither runs away. */
-static void learn_cost(rast_costs *c, float *known, uint32_t *times, float now) {
-    if (!*times || *known > DISTURBED * now) {
-        *known = now;
-    } else if (*times < CERTAIN) {
-        *known = fminf(*known, now);
-    } else {
-        const float change = fminf(fmaxf(sqrtf(now / *known), 1 / MOST), MOST);
-        c->slowness *= change;
-        *known *= powf(change, c->latest == known ? AGAIN : OWN);
-    }
-    if (*times < CERTAIN) ++*times;
-    c->latest = known;
-}
-
 void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
     const rast_plan *plan = &e->plan;
     const double whole = whole_step(e, f, seconds);
@@ -179,8 +159,7 @@ void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
         const rast_sample *s = e->running[i];
         const size_t n = s->n_draw_out;
         if (!s->scheduled) continue;
-        if (!rast_sample_n_new(s) || !n || (!plan->draft_net && s->end[0] - s->start[0] != n))
-            return; /* a prompt's rows, or its last block was copied */
+        if (s->n_prompt_out || !n || (!plan->draft_net && s->end[0] - s->start[0] != n)) return; /* a prompt's rows */
         rows += n;
         if (!s->draft_net) undrafted += n;
         ahead &= rast_may_run_ahead(s->job);
@@ -189,13 +168,19 @@ void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
     const rast_pace_kind kind = plan->draft_net     ? RAST_PACE_DRAFT
                                 : rows == undrafted ? RAST_PACE_PLAIN
                                                     : RAST_PACE_CHECK;
-    const size_t width = width_of(rows);
-    float now = (float)whole;
+    float now = (float)whole, *known = &c->step[kind][width_of(rows)].seconds;
+    uint32_t *times = &c->step[kind][width_of(rows)].times;
     if (kind == RAST_PACE_PLAIN && ahead) /* one after the other, host and device work at the same time */
         now = fmaxf((float)seconds, (float)(whole - seconds));
-    now /= c->slowness;
-    if (kind == RAST_PACE_CHECK) now = fmaxf(now - cost(c, RAST_PACE_DRAFT, undrafted), LEAST * now);
-    if (now > 0) learn_cost(c, &c->step[kind][width].seconds, &c->step[kind][width].times, now);
+    if (kind == RAST_PACE_CHECK) now -= cost(c, RAST_PACE_DRAFT, undrafted);
+    if (now <= 0) return;
+    if (!*times || *known > DISTURBED * now)
+        *known = now;
+    else if (*times < CERTAIN)
+        *known = fminf(*known, now);
+    else /* a little towards it, however far it is: this follows the median */
+        *known *= now > *known ? NUDGE : 1 / NUDGE;
+    if (*times < CERTAIN) ++*times;
 }
 
 /* ---- what becomes of drafts ------------------------------------------------------------------------------------------ */
@@ -333,8 +318,7 @@ void rast_pace_choose(rast_engine *e) {
     rast_pace *p = &e->pace;
     const size_t n = e->n_running;
     const uint32_t steps = 1 + e->n_ahead; /* since the last choice */
-    rast_costs *c = find_costs(e);
-    uint64_t *plain_at = &c->plain_at[width_of(n)];
+    const rast_costs *c = find_costs(e);
     int any = 0, grams = 0, nets = 0;
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = e->running[i];
@@ -348,11 +332,10 @@ void rast_pace_choose(rast_engine *e) {
     if (p->rests) {
         p->rests -= p->rests < steps ? p->rests : steps;
         p->since_draft += steps;
-        *plain_at = p->n_choices;
         return;
     }
-    if (p->n_choices - *plain_at > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
-        *plain_at = p->n_choices;
+    if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
+        p->since_plain = 0;
         return;
     }
     const float plain = (float)n / cost(c, RAST_PACE_PLAIN, n);
@@ -364,7 +347,7 @@ void rast_pace_choose(rast_engine *e) {
         p->draft_later = p->since_draft = 0;
         return;
     }
-    *plain_at = p->n_choices;
+    p->since_plain = 0;
     p->rests = (uint32_t)n / 8;
     p->since_draft += steps;
     if (p->since_draft <= DRAFT_LEAST + p->draft_later || !(grams || nets)) return;
