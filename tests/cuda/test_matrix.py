@@ -32,7 +32,7 @@ from device import (
     encode,
     storage,
 )
-from tables import RastOps, RastPlugin, Table, host_library
+from op_tables import RastOps, RastPlugin, Table, host_library
 from test_ops import close, rows_of, untouched
 
 KINDS = list(TYPES.values())

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from device import FULL, Device, DrawnType, DrawType, RastLogits, RastTransferTerm
-from tables import host_library
+from op_tables import host_library
 
 SAMPLE, LOGPROB, STATS, LOGITS, SCORES, PARTS = 1, 2, 4, 8, 16, 32
 MEASURES, ROWS = LOGPROB | STATS, LOGITS | SCORES | PARTS
