@@ -801,6 +801,8 @@ def test_gemm(cuda: Device, handle: c_void_p, entry: str, ta: int, tb: int) -> N
     ):
         batch = 1 if entry == "GemmEx" else 3
         lda, ldb, ldc = (k if ta else m) + 2, (n if tb else k) + 1, m + 3
+        if entry == "BatchedEx":  # takes matrices that begin at multiples of 16 bytes
+            lda, ldb, ldc = (-(-ld // 8) * 8 for ld in (lda, ldb, ldc))
         raw_a, a = stored(rng.normal(size=(batch, m if ta else k, lda)), kind)  # columns of `ld`
         raw_b, b = stored(rng.normal(size=(batch, k if tb else n, ldb)), kind)
         start = rng.normal(size=(batch, n, ldc))

@@ -185,6 +185,8 @@ cublasStatus_t gemm(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb
                     one.a.data = batch.pointers_a[i];
                     one.b.data = batch.pointers_b[i];
                     one.c = batch.pointers_c[i];
+                    for (const void *p : {one.a.data, one.b.data, static_cast<const void *>(one.c)})
+                        if ((uintptr_t)p % 16) return cudaErrorMisalignedAddress; /* cuBLAS may read 16 bytes at once */
                 } else {
                     one.a.data = static_cast<const char *>(g.a.data) + (long long)size_of(g.a.type) * batch.a * i;
                     one.b.data = static_cast<const char *>(g.b.data) + (long long)size_of(g.b.type) * batch.b * i;
