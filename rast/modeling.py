@@ -807,16 +807,12 @@ def _bytes(max_memory: int | str) -> int:
         raise TypeError(wrong) from None
 
 
-def _is_mapped(array: Any) -> bool:
-    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
-        array = array.base
-    return isinstance(array, np.memmap)
-
-
 def _kv_bytes(
     info: list[_core.NetInfo], nets: list[_Net], kv_cache_tokens: int | None, max_memory: int | str | None
 ) -> int:
     """Bytes for keys and values; 0: the core's default."""
+    from rast.loading import is_mapped
+
     block = 32 * sum(net["kv_bytes_per_token"] for net in info)
     wanted = 0
     if kv_cache_tokens is not None:
@@ -827,7 +823,7 @@ def _kv_bytes(
     arrays = {id(part): part for net in nets for tensor in net.loaded.tensors.values() for part in tensor}
     copied = sum(net["device_bytes"] for net in info)
     if not copied:
-        copied = sum(part.nbytes for part in arrays.values() if isinstance(part, np.ndarray) and not _is_mapped(part))
+        copied = sum(part.nbytes for part in arrays.values() if isinstance(part, np.ndarray) and not is_mapped(part))
     room = _bytes(max_memory) - copied
     if room < max(wanted, block):
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from loading_files import ARCHITECTURES, edit_json, make_tokenizer, save_model, write_safetensors
 from safetensors.numpy import load_file, save_file
 
-from rast.loading import load_net
+from rast.loading import is_mapped, load_net
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -35,12 +34,6 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
-
-
-def is_mapped(array: Any) -> bool:
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return isinstance(array, mmap.mmap)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
