@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 #define LANES 16
-#define TILE_X 4
+#define TILE_X 6
 #define TILE_GROUPS 8
 
 typedef float vf __attribute__((vector_size(4 * LANES)));

@@ -12,7 +12,8 @@ enum {
     LARGE_UNIT = 600 << 10, /* what stays in L2 beside them, */
     THREAD_UNITS = 4,       /* but so many units for each thread */
     MATMUL_ROWS = 512,      /* most weight rows of a unit, */
-    MANY_MATMUL_ROWS = 64,  /* of one for more than a few activation rows */
+    MANY_MATMUL_ROWS = 96,  /* of one for more than a few activation rows, */
+    LEAST_ROWS = 24,        /* and the least: pieces of so many wait for each other's activations */
     MAX_JOBS = 4,
 };
 
@@ -252,6 +253,7 @@ static size_t unit_rows(const rast_weight *w, size_t n_rows, size_t n_models, si
     const size_t most = n_rows <= FEW_ROWS ? MATMUL_ROWS : MANY_MATMUL_ROWS;
     size_t rows = MATMUL_UNIT / w->stride, wanted = large < share ? large : share;
     if (wanted > rows) rows = wanted;
+    if (rows < LEAST_ROWS) rows = LEAST_ROWS;
     if (rows > most) rows = most;
     return rows < least ? least : rows / least * least;
 }
