@@ -12,12 +12,14 @@
 
 enum {
     CERTAIN = 2, /* measurements make a cost known; one may have been disturbed */
-    EARLY = 8,   /* of these the n-th counts 1 / n, if that is more than its part */
-    OLD = 1000,  /* choices after which a cost of drafts that was not measured again is forgotten */
+    EARLY = 8, /* so many tell nothing about the machine's speed: the n-th moves the cost by 1 / n of the difference */
+    OLD = 500, /* choices after which a cost of drafts that was not measured again is forgotten */
 };
 static const float TO_SLOWNESS[RAST_PACE_KINDS] = {.25f, 0, .15f}; /* passes that draw come in numbers: left out */
-static const float TO_COST[RAST_PACE_KINDS] = {.02f, .1f, .1f};
-static const float MOST = .4f; /* of a difference counts: ± 50 % */
+static const float TO_COST[RAST_PACE_KINDS] = {.05f, .1f, .1f};
+static const float APART = 2.2f;
+static const float FAR = .15f; /* from what was expected, in shares of it */
+static const float MOST = .5f; /* of a difference counts, in shares of what was expected */
 
 static const uint16_t WIDTH[RAST_PACE_WIDTHS] = {1,  2,  3,  4,  5,  6,  7,  8,   10,  12,  14,  16,
                                                  20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512};
@@ -55,19 +57,31 @@ static float plain_at(const rast_costs *c, size_t width) {
     return c->step[RAST_PACE_CHECK][width].cost / c->share[RAST_PACE_CHECK];
 }
 
-/* A step of all nets: as known, or between known neighbours, or beyond them on the same line; with a single one, like it: so
- * an unknown width looks cheap and is tried. 0: nothing is known. */
+/* The nearest known width beyond `from`; itself if there is none. */
+static size_t next_known(const rast_costs *c, size_t from, int wider) {
+    for (size_t i = from; wider ? i + 1 < RAST_PACE_WIDTHS : i > 0;) {
+        i = wider ? i + 1 : i - 1;
+        if (plain_at(c, i) > 0) return i;
+    }
+    return from;
+}
+
+/* Beyond all known widths: on the line through the two next ones, but not dearer by row than `near`, nor cheaper if wider. With
+ * a single one, like it: so an unknown width looks cheap and is tried. */
+static float beyond(const rast_costs *c, size_t width, size_t near, size_t far) {
+    const float at_near = plain_at(c, near);
+    if (near == far) return at_near;
+    const float line = between(width, near, at_near, far, plain_at(c, far));
+    return fmaxf(line, at_near * fminf(1, (float)WIDTH[width] / (float)WIDTH[near]));
+}
+
+/* A step of all nets: as known, or on the line between known neighbours, or beyond them. 0: nothing is known. */
 static float plain_cost(const rast_costs *c, size_t width) {
-    size_t lo = width, hi = width;
-    while (lo > 0 && plain_at(c, lo) == 0) lo--;
-    while (hi + 1 < RAST_PACE_WIDTHS && plain_at(c, hi) == 0) hi++;
-    const float below = plain_at(c, lo), above = plain_at(c, hi);
-    if (below == 0) return above;
-    if (above > 0) return between(width, lo, below, hi, above);
-    size_t before = lo;
-    while (before > 0 && (before == lo || plain_at(c, before) == 0)) before--;
-    const float least = plain_at(c, before);
-    return least > 0 && least < below ? between(width, before, least, lo, below) : below;
+    if (plain_at(c, width) > 0) return plain_at(c, width);
+    const size_t lo = next_known(c, width, 0), hi = next_known(c, width, 1);
+    if (lo == width) return hi == width ? 0 : fminf(beyond(c, width, hi, next_known(c, hi, 1)), plain_at(c, hi));
+    if (hi == width) return beyond(c, width, lo, next_known(c, lo, 0));
+    return between(width, lo, plain_at(c, lo), hi, plain_at(c, hi));
 }
 
 /* Outside of what was measured: as much of a step of all nets as it reads of the weights. */
@@ -85,6 +99,11 @@ int rast_costs_know(const rast_costs *c, rast_pace_kind kind, size_t rows) {
     return known_around(c, kind, rast_costs_width(rows), &lo, &hi);
 }
 
+int rast_costs_doubt(const rast_costs *c, rast_pace_kind kind, size_t rows) {
+    const rast_cost *known = &c->step[kind][rast_costs_width(rows)];
+    return known->times <= EARLY || fabsf(known->off) > FAR;
+}
+
 size_t rast_costs_widest(const rast_costs *c) {
     size_t i = RAST_PACE_WIDTHS - 1;
     while (i && plain_at(c, i) == 0) i--;
@@ -98,6 +117,12 @@ void rast_costs_begin(rast_costs *c, uint64_t nets, float share_of_drafts) {
     c->share[RAST_PACE_CHECK] = 1 - share_of_drafts;
 }
 
+/* The mean of the first two times; but if they are too far apart, one was disturbed, and the other counts. */
+static void begin_cost(rast_cost *known, float now) {
+    const float least = fminf(known->cost, now), most = fmaxf(known->cost, now);
+    known->cost = known->times == 1 ? now : most > APART * least ? least : (least + most) / 2;
+}
+
 void rast_costs_learn(rast_costs *c, rast_pace_kind kind, size_t rows, float seconds) {
     const size_t width = rast_costs_width(rows);
     rast_cost *known = &c->step[kind][width];
@@ -105,13 +130,17 @@ void rast_costs_learn(rast_costs *c, rast_pace_kind kind, size_t rows, float sec
     if (!(now > 0)) return;
     if (known->times >= CERTAIN && !is_known(c, kind, width)) known->times = 0;
     known->at = c->used;
-    if (known->times < EARLY) known->times++;
+    if (known->times <= EARLY) known->times++;
     if (known->times <= CERTAIN) {
-        known->cost = known->times == 1 ? now : fminf(known->cost, now);
+        begin_cost(known, now);
         return;
     }
-    const float off = fminf(fmaxf(logf(now / known->cost), -MOST), MOST);
-    const float part = known->times < EARLY ? fmaxf(1 / (float)known->times, TO_COST[kind]) : TO_COST[kind];
+    const float off = fminf(fmaxf(now / known->cost - 1, -MOST), MOST);
+    known->off = off;
+    if (known->times <= EARLY) {
+        known->cost *= expf(off / (float)known->times);
+        return;
+    }
     c->slowness *= expf(TO_SLOWNESS[kind] * off);
-    known->cost *= expf(part * off);
+    known->cost *= expf(TO_COST[kind] * off);
 }

@@ -227,6 +227,7 @@ typedef enum { RAST_PACE_PLAIN = 0, RAST_PACE_DRAFT = 1, RAST_PACE_CHECK = 2, RA
 
 typedef struct { /* of a step; seconds are so much, times the slowness of the machine */
     float cost;
+    float off;      /* so much longer the last time took, as a share */
     uint32_t times; /* measured, up to some */
     uint64_t at;    /* `used` of that time */
 } rast_cost;
@@ -243,9 +244,12 @@ typedef struct {
 /* Nothing is known but what the drafting net's weights are of all. */
 void rast_costs_begin(rast_costs *c, uint64_t nets, float share_of_drafts);
 void rast_costs_learn(rast_costs *c, rast_pace_kind kind, size_t rows, float seconds);
-float rast_costs_of(const rast_costs *c, rast_pace_kind kind, size_t rows); /* estimated from others if need be; 0: nothing is known */
+float rast_costs_of(const rast_costs *c, rast_pace_kind kind,
+                    size_t rows); /* estimated from others if need be; 0: nothing is known */
 /* Steps of the kind were measured at so many rows, or narrower and wider ones. */
 int rast_costs_know(const rast_costs *c, rast_pace_kind kind, size_t rows);
+/* They were measured a few times only, or took another time last. */
+int rast_costs_doubt(const rast_costs *c, rast_pace_kind kind, size_t rows);
 size_t rast_costs_widest(const rast_costs *c); /* rows of the widest step that is known */
 size_t rast_costs_width(size_t rows);          /* which width they count as */
 
@@ -258,7 +262,8 @@ typedef struct {
     rast_record record;                             /* of all samples */
     uint32_t since_draft, plain_later, draft_later; /* steps */
     double since, drawing; /* when the last step had run, 0: nobody waited for another; seconds of passes since then */
-    uint32_t rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */
+    uint32_t
+        rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */
 } rast_pace;
 
 struct rast_engine {

@@ -15,12 +15,13 @@
 #include <math.h>
 
 enum {
+    PLAIN_FIRST = 8,    /* steps after which a plain one is measured, the first times; */
     PLAIN_LEAST = 16,   /* steps after which a plain one shows what it costs now, and how many more... */
     PLAIN_GAIN = 100,   /* ...for each multiple of its speed that drafts gain: so it costs about 1 % */
     DRAFT_LEAST = 64,   /* steps after which a draft shows whether it stands now, */
     DRAFT_LATEST = 192, /* and how many more after some in vain */
 };
-static const float WORTH = 1.05f;                                    /* drafts have to gain so much */
+static const float WORTH = 1.1f;                                     /* drafts have to gain so much */
 static const float FIRST[RAST_DRAFT_SOURCES] = {.7f, .3f, .4f, .6f}; /* acceptance while nothing is known */
 static const float OF_ALL = 4;      /* what all samples' acceptance counts, in drafts, beside a sample's own */
 static const float FORGET = .97f;   /* with each step that checks drafts */
@@ -308,7 +309,8 @@ void rast_pace_choose(rast_engine *e) {
         *plain_at = p->n_choices;
         return;
     }
-    const int is_due = p->n_choices - *plain_at > PLAIN_LEAST + p->plain_later;
+    const uint64_t since = p->n_choices - *plain_at;
+    const int is_due = since > (rast_costs_doubt(c, RAST_PACE_PLAIN, n) ? PLAIN_FIRST : PLAIN_LEAST + p->plain_later);
     if (fixed ? rast_costs_of(c, RAST_PACE_PLAIN, n) == 0 : is_due || !rast_costs_know(c, RAST_PACE_PLAIN, n)) {
         *plain_at = p->n_choices;
         return;

@@ -268,7 +268,7 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
         e->n_chunks = 0;
     else
         e->pace.since = e->pace.drawing = 0; /* what came before the failure is no measure of this step */
-    e->failed = 1; /* until the step has succeeded */
+    e->failed = 1;                           /* until the step has succeeded */
     e->n_errors = 0;
     const double now = rast_now();
     int status = end_unmade(e, 0, err);
