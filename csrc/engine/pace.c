@@ -24,8 +24,8 @@ enum {
 static const float WORTH = 1.1f;                                     /* drafts have to gain so much */
 static const float FIRST[RAST_DRAFT_SOURCES] = {.7f, .3f, .4f, .6f}; /* acceptance while nothing is known */
 static const float OF_ALL = 4;      /* what all samples' acceptance counts, in drafts, beside a sample's own */
-static const float FORGET = .97f;   /* with each step that checks drafts */
-static const float FADE = .99f;     /* with each step that does not */
+static const float FORGET = .97f;   /* with each step that shows what became of some */
+static const float FADE = .99f;     /* with each step that does not, of the net's */
 static const float UNLIKELY = .02f; /* to stand: not worth a look */
 static const float LEAST = .25f;    /* of a check's time is not the pass that is taken off it */
 
@@ -108,13 +108,23 @@ static void add_to_record(rast_record *r, int32_t source, float stood, float tri
     r->tried[source] = r->tried[source] * FORGET + tried;
 }
 
+/* What lookup would have given is known whoever drafted, and if nobody did. */
+static void learn_lookup(rast_pace *p, rast_sample *s, size_t n) {
+    const int32_t *was = s->ids + s->gram_end, *is = s->ids + s->n_ids - n, source = rast_gram_source(s->gram);
+    size_t same = 0;
+    while (same < n && was[same] == is[same]) same++;
+    add_to_record(&p->record, source, (float)same, (float)(same + (same < n)));
+    add_to_record(&s->record, source, (float)same, (float)(same + (same < n)));
+    s->gram = 0; /* steps that run ahead do not look again */
+}
+
 void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n, int ended) {
-    for (size_t i = 0; i < RAST_DRAFT_SOURCES && !s->n_draft; i++)
-        s->record.stood[i] *= FADE, s->record.tried[i] *= FADE;
-    if (!s->n_draft) return;
+    if (s->gram) learn_lookup(&e->pace, s, n);
+    if (!s->n_draft) s->record.stood[0] *= FADE, s->record.tried[0] *= FADE;
+    if (!s->n_draft || s->source) return;
     const float stood = (float)(n - 1), tried = stood + (!ended && n - 1 < s->n_draft ? 1 : 0);
-    add_to_record(&e->pace.record, s->source, stood, tried);
-    add_to_record(&s->record, s->source, stood, tried);
+    add_to_record(&e->pace.record, 0, stood, tried);
+    add_to_record(&s->record, 0, stood, tried);
 }
 
 /* ---- the choice ------------------------------------------------------------------------------------------------------ */
@@ -252,7 +262,7 @@ static void hand_out(rast_engine *e, lookup who, float share, float *best) {
     }
 }
 
-/* What the best drafts give, in multiples of what the step gives without: at least WORTH, or there are none. */
+/* What the best drafts give, in multiples of what the step gives without; 0: none give WORTH. */
 static float choose(rast_engine *e, int grams, int nets) {
     const rast_costs *c = &e->pace.costs[e->pace.set];
     const float share = share_of_rows(c, e->n_running);
@@ -262,7 +272,7 @@ static float choose(rast_engine *e, int grams, int nets) {
     if (grams) hand_out(e, EVERYBODY, share, &best);
     if (grams && nets) hand_out(e, WHERE_LIKELIER, share, &best);
     if (nets) hand_out(e, NOBODY, share, &best);
-    return best / rate;
+    return best > rate * WORTH ? best / rate : 0;
 }
 
 /* One draft of one sample, another one each time. */
@@ -271,7 +281,7 @@ static void try_a_draft(rast_engine *e) {
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = e->running[(i + e->pace.n_choices) % n];
         if (!is_auto(s) || !can_draft(s)) continue;
-        s->source = source_of(e, s, e->pace.n_choices & 1 ? EVERYBODY : NOBODY);
+        s->source = source_of(e, s, NOBODY);
         s->k = 1;
         return;
     }
@@ -316,7 +326,7 @@ void rast_pace_choose(rast_engine *e) {
         return;
     }
     const float gain = choose(e, grams, nets);
-    if (gain > WORTH) {
+    if (gain > 0) {
         p->plain_later = (uint32_t)(PLAIN_GAIN * fminf(gain - 1, 4));
         p->draft_later = p->since_draft = 0;
         return;
