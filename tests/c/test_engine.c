@@ -337,7 +337,7 @@ static void test_running_ahead(rast_model *m, rast_ops *ops, outcome *want, outc
 static float least_seconds(const rast_costs *c, rast_pace_kind kind) {
     float least = 1e9f;
     for (size_t i = 0; i < RAST_PACE_WIDTHS; i++)
-        if (c->step[kind][i].times > 1 && c->step[kind][i].seconds < least) least = c->step[kind][i].seconds;
+        if (c->step[kind][i].times > 1) least = fminf(least, c->step[kind][i].cost * c->slowness);
     return least;
 }
 
