@@ -255,10 +255,9 @@ static void test_never_slower(void) {
     static const int32_t fixed[] = {1, 2, 3, 5, 8, 12};
     double sum = 0, most = 0, most_in_turns = 0, most_disagreeing = 0, farthest = 0;
     size_t n = 0;
-    for (size_t i = 0; i < COUNT(MACHINES) * COUNT(ODDS) * COUNT(SIZES) * 2; i++) {
-        workload load = {.on = &MACHINES[i % COUNT(MACHINES)], .wait = (int)(i / COUNT(MACHINES) % 2)};
-        load.stands = ODDS[i / COUNT(MACHINES) / 2 % COUNT(ODDS)];
-        load.n = SIZES[i / COUNT(MACHINES) / 2 / COUNT(ODDS)];
+    for (size_t i = 0; i < COUNT(MACHINES) * COUNT(ODDS) * COUNT(SIZES); i++) {
+        const size_t a = i / COUNT(MACHINES) % COUNT(ODDS), size = i / COUNT(MACHINES) / COUNT(ODDS);
+        workload load = {&MACHINES[i % COUNT(MACHINES)], STEADY, ODDS[a], SIZES[size], (int)((i + a + size) % 2)};
         double best = work_of(&load, 0);
         for (size_t k = 0; k < COUNT(fixed); k++) best = fmin(best, work_of(&load, fixed[k]));
         for (int how = 0; how < N_TIMES; how++) {
