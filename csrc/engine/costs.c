@@ -2,9 +2,9 @@
  *
  * A machine changes its speed, by what others do on it, for all steps alike, and some steps are timed seldom. So seconds are
  * split in two: cost * slowness. When a time differs from what was expected, a fixed part of the difference goes to the
- * slowness and a fixed part to the step's own cost, on a logarithmic scale. What a kind's costs have moved is then always in
- * the same proportion to what it has moved the slowness, so the slowness is an average of all steps' times, in which a
- * plain step counts many times as much as another one: it stays as bounded as they are, however they vary.
+ * slowness and a fixed part to the step's own cost, both as exponents. Each cost then moves in proportion to what it adds to
+ * the slowness, which so is an average of how far all steps' times have moved, a plain step's counting most: neither
+ * runs away from the other, however the times vary.
  */
 #include "engine.h"
 
@@ -17,9 +17,9 @@ enum {
 };
 static const float TO_SLOWNESS[RAST_PACE_KINDS] = {.25f, 0, .15f}; /* passes that draw come in numbers: left out */
 static const float TO_COST[RAST_PACE_KINDS] = {.05f, .1f, .1f};
-static const float APART = 2.2f;
-static const float FAR = .15f; /* from what was expected, in shares of it */
-static const float MOST = .5f; /* of a difference counts, in shares of what was expected */
+static const float APART = 2.2f; /* of the first two times: the longer one is so many times the other */
+static const float FAR = .15f;   /* from what was expected, in shares of it */
+static const float MOST = .5f;   /* of a difference counts, in shares of what was expected */
 
 static const uint16_t WIDTH[RAST_PACE_WIDTHS] = {1,  2,  3,  4,  5,  6,  7,  8,   10,  12,  14,  16,
                                                  20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512};
