@@ -220,25 +220,47 @@ typedef struct { /* an array on the device and its copy here, grown as wanted */
     size_t cap; /* bytes */
 } rast_rows;
 
-/* ---- pace.c: how many drafts pay ----------------------------------------------------------------------------------- */
+/* ---- costs.c: what steps take ---------------------------------------------------------------------------------------- */
 
 enum { RAST_PACE_MOST = 12, RAST_PACE_WIDTHS = 24, RAST_PACE_SETS = 4 };
 typedef enum { RAST_PACE_PLAIN = 0, RAST_PACE_DRAFT = 1, RAST_PACE_CHECK = 2, RAST_PACE_KINDS } rast_pace_kind;
+
+typedef struct { /* of a step; seconds are so much, times the slowness of the machine */
+    float cost;
+    float off;      /* so much longer the last time took, as a share */
+    uint32_t times; /* measured, up to some */
+    uint64_t at;    /* `used` of that time */
+} rast_cost;
+
 typedef struct {
     uint64_t nets;                /* that take part in the steps' draws */
-    uint64_t used;                /* when */
+    uint64_t used;                /* the last choice that looked at it */
     float share[RAST_PACE_KINDS]; /* of these nets' bytes that a step reads */
-    struct {
-        float seconds;
-        uint32_t times;                        /* measured, 2: or more */
-    } step[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* by rows */
+    float slowness;
+    rast_cost step[RAST_PACE_KINDS][RAST_PACE_WIDTHS]; /* by rows */
+    uint64_t plain_at[RAST_PACE_WIDTHS];               /* the last choice of a plain step, by samples */
 } rast_costs;
+
+/* Nothing is known but what the drafting net's weights are of all. */
+void rast_costs_begin(rast_costs *c, uint64_t nets, float share_of_drafts);
+void rast_costs_learn(rast_costs *c, rast_pace_kind kind, size_t rows, float seconds);
+float rast_costs_of(const rast_costs *c, rast_pace_kind kind,
+                    size_t rows); /* estimated from others if need be; 0: nothing is known */
+/* Steps of the kind were measured at so many rows, or narrower and wider ones. */
+int rast_costs_know(const rast_costs *c, rast_pace_kind kind, size_t rows);
+/* They were measured a few times only, or took another time last. */
+int rast_costs_doubt(const rast_costs *c, rast_pace_kind kind, size_t rows);
+size_t rast_costs_widest(const rast_costs *c); /* rows of the widest step that is known */
+size_t rast_costs_width(size_t rows);          /* which width they count as */
+
+/* ---- pace.c: how many drafts pay ----------------------------------------------------------------------------------- */
+
 typedef struct {
     rast_costs costs[RAST_PACE_SETS];
-    int32_t set;                                                 /* whose costs are this step's; -1: nobody's */
-    uint64_t n_choices;                                          /* made so far */
-    rast_record record;                                          /* of all samples */
-    uint32_t since_plain, since_draft, plain_later, draft_later; /* steps */
+    int32_t set;                                    /* whose costs are this step's; -1: nobody's */
+    uint64_t n_choices;                             /* made so far */
+    rast_record record;                             /* of all samples */
+    uint32_t since_draft, plain_later, draft_later; /* steps */
     double since, drawing; /* when the last step had run, 0: nobody waited for another; seconds of passes since then */
     uint32_t
         rests; /* steps for which the choice of no drafts holds: in a large batch it takes time, and changes slowly */

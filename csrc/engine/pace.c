@@ -15,100 +15,21 @@
 #include <math.h>
 
 enum {
+    PLAIN_FIRST = 8,    /* steps after which a plain one is measured, the first times; */
     PLAIN_LEAST = 16,   /* steps after which a plain one shows what it costs now, and how many more... */
     PLAIN_GAIN = 100,   /* ...for each multiple of its speed that drafts gain: so it costs about 1 % */
     DRAFT_LEAST = 64,   /* steps after which a draft shows whether it stands now, */
     DRAFT_LATEST = 192, /* and how many more after some in vain */
-    CERTAIN = 2,        /* measurements; one may have been disturbed */
 };
-static const float WORTH = 1.05f;                                    /* drafts have to gain so much */
+static const float WORTH = 1.1f;                                     /* drafts have to gain so much */
 static const float FIRST[RAST_DRAFT_SOURCES] = {.7f, .3f, .4f, .6f}; /* acceptance while nothing is known */
 static const float OF_ALL = 4;      /* what all samples' acceptance counts, in drafts, beside a sample's own */
-static const float FORGET = .97f;   /* with each step that checks drafts */
-static const float FADE = .99f;     /* with each step that does not */
+static const float FORGET = .97f;   /* with each step that shows what became of some */
+static const float FADE = .99f;     /* with each step that does not, of the net's */
 static const float UNLIKELY = .02f; /* to stand: not worth a look */
-static const float NUDGE = 1.03f;
-static const float DISTURBED = 1.5f; /* what is known, beside a new time: it was not the step */
+static const float LEAST = .25f;    /* of a check's time is not the pass that is taken off it */
 
 /* ---- what steps take ----------------------------------------------------------------------------------------------- */
-
-static const uint16_t WIDTH[RAST_PACE_WIDTHS] = {1,  2,  3,  4,  5,  6,  7,  8,   10,  12,  14,  16,
-                                                 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512};
-
-static size_t width_of(size_t rows) {
-    size_t i = 0;
-    while (i + 1 < RAST_PACE_WIDTHS && WIDTH[i] < rows) i++;
-    return i;
-}
-
-static int is_known(const rast_costs *c, rast_pace_kind kind, size_t width) {
-    return c->step[kind][width].times >= CERTAIN;
-}
-
-/* What a step of all nets is known to take at a width, by one of its kind, else by a check: which reads less. 0: it is not. */
-static float plain_at(const rast_costs *c, size_t width) {
-    if (is_known(c, RAST_PACE_PLAIN, width)) return c->step[RAST_PACE_PLAIN][width].seconds;
-    if (!is_known(c, RAST_PACE_CHECK, width)) return 0;
-    return c->step[RAST_PACE_CHECK][width].seconds / c->share[RAST_PACE_CHECK];
-}
-
-/* On the line through what two widths take. */
-static float between(size_t width, size_t lo, float at_lo, size_t hi, float at_hi) {
-    if (lo == hi) return at_lo;
-    const float share = (float)(WIDTH[width] - WIDTH[lo]) / (float)(WIDTH[hi] - WIDTH[lo]);
-    return at_lo + share * (at_hi - at_lo);
-}
-
-/* Seconds of a step of all nets: as known, or between known neighbours, or beyond them on the same line; with a single one,
- * like it: so an unknown width looks cheap and is tried. 0: nothing is known. */
-static float plain_cost(const rast_costs *c, size_t width) {
-    size_t lo = width, hi = width;
-    while (lo > 0 && plain_at(c, lo) == 0) lo--;
-    while (hi + 1 < RAST_PACE_WIDTHS && plain_at(c, hi) == 0) hi++;
-    const float below = plain_at(c, lo), above = plain_at(c, hi);
-    if (below == 0) return above;
-    if (above > 0) return between(width, lo, below, hi, above);
-    size_t before = lo;
-    while (before > 0 && (before == lo || plain_at(c, before) == 0)) before--;
-    const float least = plain_at(c, before);
-    return least > 0 && least < below ? between(width, before, least, lo, below) : below;
-}
-
-/* Seconds of a step of so many rows. Outside of what was measured: as much of a step of all nets as it reads of the weights. */
-static float cost(const rast_costs *c, rast_pace_kind kind, size_t rows) {
-    if (!rows) return 0;
-    const size_t width = width_of(rows);
-    size_t lo = width, hi = width;
-    while (lo > 0 && !is_known(c, kind, lo)) lo--;
-    while (hi + 1 < RAST_PACE_WIDTHS && !is_known(c, kind, hi)) hi++;
-    if (is_known(c, kind, lo) && is_known(c, kind, hi))
-        return between(width, lo, c->step[kind][lo].seconds, hi, c->step[kind][hi].seconds);
-    return c->share[kind] * plain_cost(c, width);
-}
-
-/* A step of `rows` rows, `undrafted` of them of samples whose drafts no net drew: for these all nets run. */
-static float cost_of_check(const rast_costs *c, size_t rows, size_t undrafted) {
-    if (rows == undrafted) return cost(c, RAST_PACE_PLAIN, rows);
-    return cost(c, RAST_PACE_CHECK, rows) + cost(c, RAST_PACE_DRAFT, undrafted);
-}
-
-/* Steps are tried up to half as wide again as any before, or with a draft for everyone. */
-static size_t widest(const rast_engine *e) {
-    const rast_costs *c = &e->pace.costs[e->pace.set];
-    size_t i = RAST_PACE_WIDTHS - 1;
-    while (i && plain_at(c, i) == 0) i--;
-    size_t rows = (3 * (size_t)WIDTH[i] + 1) / 2;
-    if (rows < 2 * e->n_running) rows = 2 * e->n_running;
-    return rows < (size_t)e->max_rows ? rows : (size_t)e->max_rows;
-}
-
-/* Plain steps of this width were measured, or narrower and wider ones. */
-static int is_plain_known(const rast_costs *c, size_t width) {
-    size_t lo = width, hi = width;
-    while (lo > 0 && !is_known(c, RAST_PACE_PLAIN, lo)) lo--;
-    while (hi + 1 < RAST_PACE_WIDTHS && !is_known(c, RAST_PACE_PLAIN, hi)) hi++;
-    return is_known(c, RAST_PACE_PLAIN, lo) && is_known(c, RAST_PACE_PLAIN, hi);
-}
 
 /* A step of the base alone says nothing about one of all nets: the costs of the last few sets are kept, each apart. */
 static rast_costs *find_costs(rast_engine *e) {
@@ -126,10 +47,7 @@ static rast_costs *find_costs(rast_engine *e) {
     if (i == RAST_PACE_SETS) {
         size_t all = 0;
         for (int32_t m = 0; m < e->model->n_nets; m++) all += nets >> m & 1 ? e->model->nets[m].weight_bytes : 0;
-        *c = (rast_costs){.nets = nets};
-        c->share[RAST_PACE_PLAIN] = 1;
-        c->share[RAST_PACE_DRAFT] = draft_net ? (float)e->model->nets[draft_net].weight_bytes / (float)all : 0;
-        c->share[RAST_PACE_CHECK] = 1 - c->share[RAST_PACE_DRAFT];
+        rast_costs_begin(c, nets, draft_net ? (float)e->model->nets[draft_net].weight_bytes / (float)all : 0);
     }
     c->used = ++p->n_choices;
     return c;
@@ -159,7 +77,8 @@ void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
         const rast_sample *s = e->running[i];
         const size_t n = s->n_draw_out;
         if (!s->scheduled) continue;
-        if (s->n_prompt_out || !n || (!plan->draft_net && s->end[0] - s->start[0] != n)) return; /* a prompt's rows */
+        if (!rast_sample_n_new(s) || !n || (!plan->draft_net && s->end[0] - s->start[0] != n))
+            return; /* a prompt's rows, or its last block was copied */
         rows += n;
         if (!s->draft_net) undrafted += n;
         ahead &= rast_may_run_ahead(s->job);
@@ -168,19 +87,12 @@ void rast_pace_time(rast_engine *e, const rast_flight *f, double seconds) {
     const rast_pace_kind kind = plan->draft_net     ? RAST_PACE_DRAFT
                                 : rows == undrafted ? RAST_PACE_PLAIN
                                                     : RAST_PACE_CHECK;
-    float now = (float)whole, *known = &c->step[kind][width_of(rows)].seconds;
-    uint32_t *times = &c->step[kind][width_of(rows)].times;
+    float now = (float)whole;
     if (kind == RAST_PACE_PLAIN && ahead) /* one after the other, host and device work at the same time */
         now = fmaxf((float)seconds, (float)(whole - seconds));
-    if (kind == RAST_PACE_CHECK) now -= cost(c, RAST_PACE_DRAFT, undrafted);
-    if (now <= 0) return;
-    if (!*times || *known > DISTURBED * now)
-        *known = now;
-    else if (*times < CERTAIN)
-        *known = fminf(*known, now);
-    else /* a little towards it, however far it is: this follows the median */
-        *known *= now > *known ? NUDGE : 1 / NUDGE;
-    if (*times < CERTAIN) ++*times;
+    if (kind == RAST_PACE_CHECK) /* without the drafting net's part of it */
+        now = fmaxf(now - c->slowness * rast_costs_of(c, RAST_PACE_DRAFT, undrafted), LEAST * now);
+    rast_costs_learn(c, kind, rows, now);
 }
 
 /* ---- what becomes of drafts ------------------------------------------------------------------------------------------ */
@@ -196,31 +108,90 @@ static void add_to_record(rast_record *r, int32_t source, float stood, float tri
     r->tried[source] = r->tried[source] * FORGET + tried;
 }
 
+/* What lookup would have given is known whoever drafted, and if nobody did. */
+static void learn_lookup(rast_pace *p, rast_sample *s, size_t n) {
+    const int32_t *was = s->ids + s->gram_end, *is = s->ids + s->n_ids - n, source = rast_gram_source(s->gram);
+    size_t same = 0;
+    while (same < n && was[same] == is[same]) same++;
+    add_to_record(&p->record, source, (float)same, (float)(same + (same < n)));
+    add_to_record(&s->record, source, (float)same, (float)(same + (same < n)));
+    s->gram = 0; /* steps that run ahead do not look again */
+}
+
 void rast_pace_learn(rast_engine *e, rast_sample *s, size_t n, int ended) {
-    for (size_t i = 0; i < RAST_DRAFT_SOURCES && !s->n_draft; i++)
-        s->record.stood[i] *= FADE, s->record.tried[i] *= FADE;
-    if (!s->n_draft) return;
+    if (s->gram) learn_lookup(&e->pace, s, n);
+    if (!s->n_draft) s->record.stood[0] *= FADE, s->record.tried[0] *= FADE;
+    if (!s->n_draft || s->source) return;
     const float stood = (float)(n - 1), tried = stood + (!ended && n - 1 < s->n_draft ? 1 : 0);
-    add_to_record(&e->pace.record, s->source, stood, tried);
-    add_to_record(&s->record, s->source, stood, tried);
+    add_to_record(&e->pace.record, 0, stood, tried);
+    add_to_record(&s->record, 0, stood, tried);
 }
 
 /* ---- the choice ------------------------------------------------------------------------------------------------------ */
 
-static int is_auto(const rast_sample *s) {
-    return s->job->n_draft == RAST_DRAFT_AUTO && s->most && rast_sample_n_new(s) > 0;
+/* Which sequences look up, of those that can: the others have drafts of the net. */
+typedef enum { NOBODY, WHERE_LIKELIER, EVERYBODY } lookup;
+
+typedef struct { /* a step, while drafts are handed out */
+    size_t rows, undrafted;
+    size_t drawn[RAST_PACE_MOST + 1]; /* rows of each pass that draws */
+    float drawing;                    /* what these cost */
+} load;
+
+static int is_auto(const rast_sample *s) { return s->job->n_draft == RAST_DRAFT_AUTO; }
+
+static int can_draft(const rast_sample *s) {
+    return s->most && rast_sample_n_new(s) && (s->gram || rast_sample_draft_net(s));
 }
 
-/* Nobody has a draft yet. `grams`: those that can look up do so. */
-static void begin_handing_out(rast_engine *e, int grams) {
+static int32_t source_of(const rast_engine *e, const rast_sample *s, lookup who) {
+    const int32_t source = s->gram ? rast_gram_source(s->gram) : 0;
+    if (!source || !rast_sample_draft_net(s) || who == EVERYBODY) return source;
+    return who == WHERE_LIKELIER && acceptance(&e->pace, s, source) >= acceptance(&e->pace, s, 0) ? source : 0;
+}
+
+/* A pass that draws has a row more. */
+static void draw_one(const rast_costs *c, load *l, size_t pass) {
+    if (pass > RAST_PACE_MOST) { /* of a request with a number of its own: somebody else is hardly there */
+        l->drawing += rast_costs_of(c, RAST_PACE_DRAFT, 1);
+        return;
+    }
+    const float before = rast_costs_of(c, RAST_PACE_DRAFT, l->drawn[pass]);
+    l->drawing += rast_costs_of(c, RAST_PACE_DRAFT, ++l->drawn[pass]) - before;
+}
+
+static void give(const rast_costs *c, load *l, rast_sample *s) {
+    s->extra += s->chance;
+    l->rows++;
+    if (s->given_source) {
+        l->undrafted++;
+    } else {
+        if (!s->given) draw_one(c, l, 0), l->undrafted--;
+        draw_one(c, l, s->given + 1);
+    }
+    s->given++;
+    s->chance = s->given < s->most ? s->chance * s->accepts : 0;
+}
+
+/* Only those that have a number of their own get it. */
+static load begin_handing_out(rast_engine *e, lookup who) {
+    const rast_costs *c = &e->pace.costs[e->pace.set];
+    load l = {.rows = e->n_running, .undrafted = e->n_running};
     for (size_t i = 0; i < e->n_running; i++) {
         rast_sample *s = e->running[i];
         s->given = 0;
-        s->given_source = grams && s->gram ? rast_gram_source(s->gram) : 0;
         s->accepts = s->chance = s->extra = 0;
-        if (is_auto(s) && (s->given_source || rast_sample_draft_net(s)))
-            s->accepts = s->chance = acceptance(&e->pace, s, s->given_source);
+        s->given_source = is_auto(s) ? source_of(e, s, who) : s->source;
+        if (can_draft(s)) s->accepts = s->chance = acceptance(&e->pace, s, s->given_source);
+        while (!is_auto(s) && can_draft(s) && s->given < s->k) give(c, &l, s);
     }
+    return l;
+}
+
+/* All nets run for the rows of samples whose drafts no net drew. */
+static float cost_of(const rast_costs *c, const load *l) {
+    if (l->rows == l->undrafted) return rast_costs_of(c, RAST_PACE_PLAIN, l->rows);
+    return l->drawing + rast_costs_of(c, RAST_PACE_CHECK, l->rows) + rast_costs_of(c, RAST_PACE_DRAFT, l->undrafted);
 }
 
 /* Others wait for a place in the batch: what it gives counts, not how soon it ends. */
@@ -238,21 +209,15 @@ static rast_sample *next_to_get(const rast_engine *e) {
     rast_sample *best = NULL;
     for (size_t i = 0; i < e->n_running; i++) {
         rast_sample *s = e->running[i];
-        if (s->chance < UNLIKELY) continue;
+        if (!is_auto(s) || s->chance < UNLIKELY) continue;
         if (!best || (waits ? s->chance > best->chance : steps_left(s) > steps_left(best))) best = s;
     }
     return best;
 }
 
-/* What a row more costs in a pass that draws drafts. */
-static float one_more(const rast_costs *c, size_t *rows) {
-    const float before = cost(c, RAST_PACE_DRAFT, *rows);
-    return cost(c, RAST_PACE_DRAFT, ++*rows) - before;
-}
-
 /* The share of its row in what a sequence costs, beside what a step costs anyway. */
 static float share_of_rows(const rast_costs *c, size_t n) {
-    const float all = cost(c, RAST_PACE_PLAIN, n), one = cost(c, RAST_PACE_PLAIN, 1);
+    const float all = rast_costs_of(c, RAST_PACE_PLAIN, n), one = rast_costs_of(c, RAST_PACE_PLAIN, 1);
     return n > 1 ? fminf(fmaxf((all - one) / (float)(n - 1) * (float)n / all, 0), 1) : 1;
 }
 
@@ -271,34 +236,43 @@ static float worth(const rast_engine *e, float share) {
     return n + share * sum + (1 - share) * n * (plain_steps / steps - 1);
 }
 
+/* Steps are tried up to half as wide again as any before, or with a draft for everyone. */
+static size_t most_rows(const rast_engine *e, const rast_costs *c) {
+    size_t rows = (3 * rast_costs_widest(c) + 1) / 2;
+    if (rows < 2 * e->n_running) rows = 2 * e->n_running;
+    return rows < (size_t)e->max_rows ? rows : (size_t)e->max_rows;
+}
+
 /* Gives drafts out as long as there are rows. The number that is worth the most a second, if more than *best, is kept. */
-static void hand_out(rast_engine *e, int grams, float *best) {
+static void hand_out(rast_engine *e, lookup who, float share, float *best) {
     const rast_costs *c = &e->pace.costs[e->pace.set];
-    const size_t n = e->n_running, limit = widest(e);
-    size_t rows = n, undrafted = n, n_drawn[RAST_PACE_MOST + 1] = {0}; /* rows of each pass that draws */
-    const float share = share_of_rows(c, n);
-    float drawing = 0;
-    begin_handing_out(e, grams);
-    for (size_t n_given = 1; rows < limit; n_given++) {
+    const size_t n = e->n_running, limit = most_rows(e, c);
+    load l = begin_handing_out(e, who);
+    for (size_t n_given = 1; l.rows < limit; n_given++) {
         rast_sample *s = next_to_get(e);
         if (!s) return;
-        s->extra += s->chance;
-        rows++;
-        if (s->given_source) {
-            undrafted++;
-        } else {
-            if (!s->given) drawing += one_more(c, &n_drawn[0]), undrafted--;
-            drawing += one_more(c, &n_drawn[s->given + 1]);
-        }
-        s->given++;
-        s->chance = s->given < s->most ? s->chance * s->accepts : 0;
+        give(c, &l, s);
         if (n_given % (1 + n / 8) && n_given % n) continue; /* so that large batches need no more time for it */
-        const float rate = worth(e, share) / (drawing + cost_of_check(c, rows, undrafted));
+        const float rate = worth(e, share) / cost_of(c, &l);
         if (rate <= *best) continue;
         *best = rate;
         for (size_t i = 0; i < n; i++)
-            e->running[i]->k = e->running[i]->given, e->running[i]->source = e->running[i]->given_source;
+            if (is_auto(e->running[i]))
+                e->running[i]->k = e->running[i]->given, e->running[i]->source = e->running[i]->given_source;
     }
+}
+
+/* What the best drafts give, in multiples of what the step gives without; 0: none give WORTH. */
+static float choose(rast_engine *e, int grams, int nets) {
+    const rast_costs *c = &e->pace.costs[e->pace.set];
+    const float share = share_of_rows(c, e->n_running);
+    const load without = begin_handing_out(e, NOBODY);
+    const float rate = worth(e, share) / cost_of(c, &without);
+    float best = rate * WORTH;
+    if (grams) hand_out(e, EVERYBODY, share, &best);
+    if (grams && nets) hand_out(e, WHERE_LIKELIER, share, &best);
+    if (nets) hand_out(e, NOBODY, share, &best);
+    return best > rate * WORTH ? best / rate : 0;
 }
 
 /* One draft of one sample, another one each time. */
@@ -306,52 +280,57 @@ static void try_a_draft(rast_engine *e) {
     const size_t n = e->n_running;
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = e->running[(i + e->pace.n_choices) % n];
-        if (!is_auto(s) || !(s->gram || rast_sample_draft_net(s))) continue;
-        const int grams = s->gram && (!rast_sample_draft_net(s) || e->pace.n_choices & 1);
-        s->source = grams ? rast_gram_source(s->gram) : 0;
+        if (!is_auto(s) || !can_draft(s)) continue;
+        s->source = source_of(e, s, NOBODY);
         s->k = 1;
         return;
     }
+}
+
+/* Steps without drafts, for now and then one has to show whether a draft stands, and what it costs. */
+static void go_without(rast_engine *e, uint32_t steps) {
+    rast_pace *p = &e->pace;
+    p->rests = (uint32_t)e->n_running / 8;
+    p->since_draft += steps;
+    if (p->since_draft <= DRAFT_LEAST + p->draft_later) return;
+    try_a_draft(e);
+    p->since_draft = 0;
+    p->draft_later = p->draft_later < DRAFT_LATEST ? 2 * p->draft_later + DRAFT_LEAST : DRAFT_LATEST;
 }
 
 void rast_pace_choose(rast_engine *e) {
     rast_pace *p = &e->pace;
     const size_t n = e->n_running;
     const uint32_t steps = 1 + e->n_ahead; /* since the last choice */
-    const rast_costs *c = find_costs(e);
-    int any = 0, grams = 0, nets = 0;
+    rast_costs *c = find_costs(e);
+    uint64_t *plain_at = &c->plain_at[rast_costs_width(n)];
+    int fixed = 0, grams = 0, nets = 0;
     for (size_t i = 0; i < n; i++) {
         rast_sample *s = e->running[i];
-        if (s->job->n_draft != RAST_DRAFT_AUTO) continue;
-        s->k = 0;
-        any |= is_auto(s);
-        grams |= is_auto(s) && s->gram;
-        nets |= is_auto(s) && rast_sample_draft_net(s);
+        if (is_auto(s)) s->k = 0;
+        fixed |= s->k && can_draft(s); /* so this will be no plain step anyway */
+        grams |= is_auto(s) && can_draft(s) && s->gram;
+        nets |= is_auto(s) && can_draft(s) && rast_sample_draft_net(s);
     }
-    if (!any) return;
+    if (!grams && !nets) return;
     if (p->rests) {
         p->rests -= p->rests < steps ? p->rests : steps;
         p->since_draft += steps;
+        *plain_at = p->n_choices;
         return;
     }
-    if (++p->since_plain > PLAIN_LEAST + p->plain_later || !is_plain_known(c, width_of(n))) {
-        p->since_plain = 0;
+    const uint64_t since = p->n_choices - *plain_at;
+    const int is_due = since > (rast_costs_doubt(c, RAST_PACE_PLAIN, n) ? PLAIN_FIRST : PLAIN_LEAST + p->plain_later);
+    if (fixed ? rast_costs_of(c, RAST_PACE_PLAIN, n) == 0 : is_due || !rast_costs_know(c, RAST_PACE_PLAIN, n)) {
+        *plain_at = p->n_choices;
         return;
     }
-    const float plain = (float)n / cost(c, RAST_PACE_PLAIN, n);
-    float best = plain * WORTH;
-    if (grams) hand_out(e, 1, &best);
-    if (nets) hand_out(e, 0, &best);
-    if (best > plain * WORTH) {
-        p->plain_later = (uint32_t)(PLAIN_GAIN * fminf(best / plain - 1, 4));
+    const float gain = choose(e, grams, nets);
+    if (gain > 0) {
+        p->plain_later = (uint32_t)(PLAIN_GAIN * fminf(gain - 1, 4));
         p->draft_later = p->since_draft = 0;
         return;
     }
-    p->since_plain = 0;
-    p->rests = (uint32_t)n / 8;
-    p->since_draft += steps;
-    if (p->since_draft <= DRAFT_LEAST + p->draft_later || !(grams || nets)) return;
-    try_a_draft(e);
-    p->since_draft = 0;
-    p->draft_later = p->draft_later < DRAFT_LATEST ? 2 * p->draft_later + DRAFT_LEAST : DRAFT_LATEST;
+    *plain_at = p->n_choices;
+    go_without(e, steps);
 }

@@ -264,8 +264,11 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
     *chunks = NULL;
     *n = 0;
     if (atomic_exchange(&e->interrupted, 0)) return rast_fail(err, RAST_ERR_INTERRUPTED, "interrupted");
-    if (!e->failed) e->n_chunks = 0;
-    e->failed = 1; /* until the step has succeeded */
+    if (!e->failed)
+        e->n_chunks = 0;
+    else
+        e->pace.since = e->pace.drawing = 0; /* what came before the failure is no measure of this step */
+    e->failed = 1;                           /* until the step has succeeded */
     e->n_errors = 0;
     const double now = rast_now();
     int status = end_unmade(e, 0, err);

@@ -337,7 +337,7 @@ static void test_running_ahead(rast_model *m, rast_ops *ops, outcome *want, outc
 static float least_seconds(const rast_costs *c, rast_pace_kind kind) {
     float least = 1e9f;
     for (size_t i = 0; i < RAST_PACE_WIDTHS; i++)
-        if (c->step[kind][i].times > 1 && c->step[kind][i].seconds < least) least = c->step[kind][i].seconds;
+        if (c->step[kind][i].times > 1) least = fminf(least, c->step[kind][i].cost * c->slowness);
     return least;
 }
 
@@ -393,6 +393,40 @@ static void test_pace(rast_model *m, rast_ops *ops) {
         CHECK(!memcmp(before.step, c->step, sizeof before.step), "steps of other nets count");
         rast_engine_free(e);
     }
+}
+
+/* Passes that drew drafts for a step that failed are not taken off the time of a later one. */
+static void test_time_of_a_failed_step(rast_model *m) {
+    static const float coef[N_NETS] = {1, 1, -1};
+    const rast_request r = {.ids = prompt[0],
+                            .n_ids = 9,
+                            .n_samples = 1,
+                            .coef = coef,
+                            .n_coef = N_NETS,
+                            .sampling = {.top_p = 1, .repetition_penalty = 1},
+                            .stop = {.max_new = 200},
+                            .n_draft = 3,
+                            .draft_net = 1};
+    rast_engine *e;
+    rast_error err;
+    uint64_t id;
+    const rast_chunk *chunks;
+    size_t n;
+    fails_at = -1;
+    CHECK(!rast_engine_new(m, NULL, &e, &err), "%s", err.message);
+    CHECK(!rast_engine_add(e, &r, &id, &err), "%s", err.message);
+    for (int i = 0; i < 8; i++) {
+        calls = 0;
+        CHECK(!rast_engine_step(e, &chunks, &n, &err), "%s", err.message);
+    }
+    fails_at = calls - 1; /* the wait for the check */
+    calls = 0;
+    CHECK(rast_engine_step(e, &chunks, &n, &err) && e->pace.drawing > 0, "a check that fails");
+    fails_at = calls = 0;
+    CHECK(rast_engine_step(e, &chunks, &n, &err) && e->pace.drawing == 0, "%g s of a step that failed",
+          e->pace.drawing);
+    fails_at = -1;
+    rast_engine_free(e);
 }
 
 typedef struct {
@@ -494,6 +528,7 @@ int main(void) {
     test_running_ahead(m, &ops, roomy, got);
     test_mixed(m, &ops);
     test_pace(m, &ops);
+    test_time_of_a_failed_step(m);
     test_budgets(m);
     test_many_sets_of_nets(w);
     free(roomy);
