@@ -38,6 +38,8 @@ void rast_kernel_rope_kv(cudaStream_t, const rast_pass *, rast_dev q, rast_dev k
 /* attention_*.cu. See rast_ops.attention. scratch: rast_kernel_attention_scratch() bytes (a function of capacities only;
  * may be 0), not shared with another launch that may run at the same time. */
 size_t rast_kernel_attention_scratch(const rast_pass *, const rast_kv *);
+/* The most for any pass whose capacities are not above these. */
+size_t rast_kernel_attention_scratch_at_most(const rast_pass *, const rast_kv *);
 void rast_kernel_attention(cudaStream_t, const rast_pass *, rast_dev q, const rast_kv *, int32_t window, float scale,
                            rast_dev y, rast_dev scratch);
 
@@ -53,6 +55,9 @@ void rast_kernel_copy_blocks(cudaStream_t, const rast_dev *base, int32_t n_model
 
 /* convert.cu. out[i] = in[i] rounded to nearest even; n elements; float types. */
 void rast_kernel_convert(cudaStream_t, rast_dev in, int32_t in_type, rast_dev out, int32_t out_type, size_t n);
+
+/* Whether the device has a kernel to run: cudaErrorNoKernelImageForDevice if none was compiled for it. */
+cudaError_t rast_kernel_available(void);
 
 /* transfer.cu: the sum, statistics, processors and draw of rast_ops.combine, for outputs whose logits are there. */
 typedef struct {

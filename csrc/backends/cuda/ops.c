@@ -110,10 +110,10 @@ void cuda_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, siz
 
 /* ---- needs --------------------------------------------------------------------------------------------------------- */
 
-/* Floats from a row of logits to the next: rows begin at 16 bytes. */
 /* cuBLAS cannot see pointers that are on the device, and takes what they point to as aligned. */
 static int is_aligned(rast_dev address) { return address % 16 == 0; }
 
+/* Floats from a row of logits to the next: rows begin at 16 bytes. */
 static size_t logits_stride(const rast_logits *l) { return ((size_t)l->n_vocab + 3) / 4 * 4; }
 
 /* Whether the term's logits are put together here, by a product or from rows that were saved for some of the outputs. */
@@ -125,13 +125,15 @@ static size_t n_gathered(const rast_logits *l) {
     return n;
 }
 
-/* Outputs of one call of the transfer step. */
-static int32_t piece_of(const rast_logits *l) {
-    const size_t row = n_gathered(l) * logits_stride(l) * sizeof(float);
+/* Outputs of one call of the transfer step, of which n_terms have logits to be put together. */
+static int32_t piece_for(const rast_logits *l, size_t n_terms) {
+    const size_t row = n_terms * logits_stride(l) * sizeof(float);
     const size_t most = row ? LOGITS_BYTES / row : SIZE_MAX;
     if (!most) return 1;
     return most < (size_t)l->n_out ? (int32_t)most : l->n_out;
 }
+
+static int32_t piece_of(const rast_logits *l) { return piece_for(l, n_gathered(l)); }
 
 static int has_product(const rast_term *t) { return is_gathered(t) && t->hidden; }
 
@@ -175,6 +177,20 @@ cuda_needs cuda_op_needs(const cuda_op *op) {
         }
         needs.logits = n_gathered(l) * (size_t)piece * logits_stride(l) * sizeof(float);
         needs.transfer = rast_kernel_transfer_scratch(l, piece);
+    }
+    return needs;
+}
+
+cuda_needs cuda_op_needs_at_most(const cuda_op *op) {
+    cuda_needs needs = cuda_op_needs(op);
+    if (op->kind == CUDA_ATTENTION)
+        needs.attention = rast_kernel_attention_scratch_at_most(&op->pass, &op->u.attention.kv);
+    if (op->kind == CUDA_COMBINE) { /* fewer terms go in larger pieces */
+        const rast_logits *l = &op->u.combine;
+        const size_t terms = n_gathered(l), row = terms * logits_stride(l) * sizeof(float);
+        if (terms) needs.logits = row * (size_t)l->n_out < LOGITS_BYTES ? row * (size_t)l->n_out : LOGITS_BYTES;
+        if (needs.logits < row) needs.logits = row;
+        needs.transfer = rast_kernel_transfer_scratch(l, piece_for(l, terms ? 1 : 0));
     }
     return needs;
 }
