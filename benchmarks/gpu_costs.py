@@ -23,6 +23,12 @@ DRAW_BYTES, DRAWN_BYTES = 72, 24  # rast_draw, rast_drawn
 LOGITS_BYTES = 128 << 20  # that one call of the transfer step reads at most
 FINISH_WARPS = 16  # of the second kernel of the transfer, for each output
 SECTOR = 32  # bytes: the least that device memory reads or writes
+SCRATCH_BYTES = 64 << 20  # that split attention has for partial results at most
+BLAS_BYTES = {8: 8 << 20, 9: 32 << 20}  # workspace of cuBLAS, each stream, by major compute capability
+POINTER_BYTES = 8 << 16  # of each stream's table of pointers for batched products
+KEPT_BYTES = 256 << 20  # left free for code and graphs
+ROWS, SEQUENCES = 512, 64  # of a step at most, by default
+DRAFTS, DRAFT_BYTES = 12, 128 << 20  # of a sequence, and of all drafts' logits, at most
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Device:
     bandwidth: float  # bytes/s
     flops: float  # bf16 with float32 accumulation, 1/s
     memory: float  # bytes
+    major: int  # of the compute capability
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,9 @@ LLAMA_8B = Net("Llama-3.1-8B", 32, 4096, 32, 8, 14336, 128256, tied=False, qkv_b
 LLAMA_70B = Net("Llama-3.1-70B", 80, 8192, 64, 8, 28672, 128256, tied=False, qkv_bias=False)
 TRIOS = ((QWEN_7B, QWEN_1_5B), (QWEN_14B, QWEN_1_5B), (QWEN_32B, QWEN_7B), (LLAMA_70B, LLAMA_8B))
 DEVICES = (
-    Device("A100 80 GB", 2.039e12, 312e12, 80e9),
-    Device("H100", 3.35e12, 989e12, 80e9),
-    Device("H200", 4.8e12, 989e12, 141e9),
+    Device("A100 80 GB", 2.039e12, 312e12, 80e9, 8),
+    Device("H100", 3.35e12, 989e12, 80e9, 9),
+    Device("H200", 4.8e12, 989e12, 141e9, 9),
 )
 
 
@@ -304,6 +311,7 @@ def seconds(launches: list[Launch], device: Device) -> float:
 
 LAUNCH_SECONDS = 2e-6  # an assumption: a node of a replayed graph takes about so long, however little it does
 CONTEXT = 1024
+MEMORY_CONTEXT = 32768  # that the workspace is made for
 BATCHES = (1, 32)
 
 
@@ -318,6 +326,37 @@ def paragraph(text: str) -> str:
     return fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
+def activations(net: Net, n_models: int, context: int, rows: int, outs: int) -> int:
+    """Buffers of the models of one shape (forward.c), their table of angles, and partial results of attention."""
+    q, kv, f, act = net.heads * net.head_dim, net.kv_heads * net.head_dim, 4, net.act
+    row = net.hidden * (2 * f + act) + q * (f + act) + 2 * kv * f + net.inter * (2 * f + act)
+    chunks = min(ceil(bucket(context) / CHUNK), MAX_CHUNKS)
+    partial = n_models * rows * net.heads * (net.head_dim + 2) * f * chunks if chunks > 1 else 0
+    return (
+        n_models * (rows * row + outs * net.hidden * (f + act))
+        + context * net.head_dim * f
+        + min(partial, SCRATCH_BYTES)
+    )
+
+
+def workspace(nets: list[Net], major: int, context: int, rows: int = ROWS, sequences: int = SEQUENCES) -> int:
+    """What is allocated at load for the largest step: for models of each shape, a stream, and for the transfer."""
+    outs, vocab = rows + sequences, nets[0].vocab
+    shapes = Counter(nets)
+    total = sum(activations(net, n, context, rows, outs) for net, n in shapes.items())
+    total += len(shapes) * (BLAS_BYTES[major] + POINTER_BYTES) + 4 * sequences + DRAWN_BYTES * outs
+    logits = 4 * (ceil(vocab / 4) * 4)
+    found = ceil(vocab / UNIT) * (RECORD_BYTES + 4 * UNIT + 4 * UNIT // 128 + 8 * len(nets))
+    total += max(min(LOGITS_BYTES, outs * len(nets) * logits), len(nets) * logits)
+    return total + found * min(outs, max(LOGITS_BYTES // logits, 1))
+
+
+def on_demand(vocab: int, sequences: int = SEQUENCES) -> int:
+    """What requests may ask for besides: rows of logits, those of drafts, histories and masks."""
+    row = 4 * vocab
+    return row * (sequences + min(DRAFT_BYTES // row, DRAFTS * sequences)) + 2 * sequences * 4 * ceil(vocab / 32)
+
+
 def memory_table() -> str:
     """What has to be on the device before the first token."""
     rows = []
@@ -326,12 +365,15 @@ def memory_table() -> str:
         per_token = base.kv_token_bytes + 2 * small.kv_token_bytes
         room = []
         for device in DEVICES:
-            left = (device.memory - stored) * 0.9
+            work = workspace([base, small, small], device.major, MEMORY_CONTEXT)
+            left = device.memory - stored - work - KEPT_BYTES - on_demand(base.vocab)
             room.append(
                 f"{left / per_token / 1e3:.0f} thousand" if left > 0 else f"{ceil(stored / device.memory)} devices"
             )
-        rows.append([f"{base.name} + 2 × {small.name}", f"{stored / 1e9:.1f} GB", f"{per_token / 1e3:.0f} kB", *room])
-    header = ["models", "weights", "KV a token", *(f"tokens of KV on {d.name}" for d in DEVICES)]
+        work = workspace([base, small, small], 9, MEMORY_CONTEXT)
+        sizes = [f"{stored / 1e9:.1f} GB", f"{work / 1e9:.2f} GB", f"{per_token / 1e3:.0f} kB"]
+        rows.append([f"{base.name} + 2 × {small.name}", *sizes, *room])
+    header = ["models", "weights", "workspace", "KV a token", *(f"tokens of KV on {d.name}" for d in DEVICES)]
     return table(header, rows)
 
 
@@ -418,7 +460,13 @@ def page() -> str:
             op table says so. The bytes of our own kernels and the number of launches agree with what is counted
             under emulation (`tests/cuda/test_costs.py`)."""),
         "## Memory",
-        "Weights as stored, and how many tokens of keys and values fit beside them (90 % of the rest, the default).",
+        paragraph(f"""
+            Weights as stored; what a step of {ROWS} rows and {SEQUENCES} sequences of up to {MEMORY_CONTEXT} tokens
+            needs (activations, cuBLAS's workspace, partial results of attention, logits), made at load; and how many
+            tokens of keys and values fit beside them and what is left free: {KEPT_BYTES >> 20} MiB for code and graphs,
+            and for requests {on_demand(base.vocab) / 1e6:.0f} MB (a row of logits for each sequence, those of drafts).
+            What the context itself takes, some hundreds of MB, is not in the table: the backend sees what is free
+            beside it."""),
         memory_table(),
         "## A decode step",
         paragraph(f"""

@@ -343,6 +343,21 @@ def test_launches_of_a_decode_step(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatc
         assert {op: three[op] - two[op] for op in three} == {op: expected[op] for op in three}, lengths
 
 
+def test_memory_plan(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model takes on the device when it has been loaded, all but the allocations' alignment."""
+    monkeypatch.setenv("RAST_CUDA_PLUGIN", str(backend.library()))
+    backend.Emulation()
+    shape = dict(hidden_size=64, intermediate_size=104, num_attention_heads=4, num_key_value_heads=2, vocab_size=311)
+    folders = zoo.trio("qwen2", **shape)
+    layers = [json.loads((folder / "config.json").read_text())["num_hidden_layers"] for folder in folders]
+    base, small = (COSTS.Net("", n, 64, 4, 2, 104, 311, tied=False, head_dim=16) for n in layers[:2])
+    for context in (200, 5000):
+        info = load_rast(*folders, device="cuda", dtype="bfloat16", max_context=context).cache_info()
+        work = COSTS.workspace([base, small, small], 9, context)
+        assert info["device_work"] == pytest.approx(work, rel=1e-3)
+        assert info["device_kept"] == COSTS.KEPT_BYTES + COSTS.on_demand(311)
+
+
 def test_the_page_is_what_the_model_says() -> None:
     assert (ROOT / "docs" / "gpu-costs.md").read_text() == COSTS.page(), (
         "python benchmarks/gpu_costs.py > docs/gpu-costs.md"
