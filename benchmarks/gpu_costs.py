@@ -21,7 +21,8 @@ QUERIES = 64  # of a block of the kernel for prefill: rows times heads of a grou
 UNIT, RECORD_BYTES = 512, 48  # of the transfer's sweep: ids, and what it notes of them
 DRAW_BYTES, DRAWN_BYTES = 72, 24  # rast_draw, rast_drawn
 LOGITS_BYTES = 128 << 20  # that one call of the transfer step reads at most
-FINISH_WARPS = 16  # of the second kernel of the transfer, for each output
+FINISH_WARPS = 8  # of the block that finishes an output of the transfer
+COUNTER_BYTES = 4 << 10  # of the transfer's counters of blocks
 SECTOR = 32  # bytes: the least that device memory reads or writes
 SCRATCH_BYTES = 64 << 20  # that split attention has for partial results at most
 BLAS_BYTES = {8: 8 << 20, 9: 32 << 20}  # workspace of cuBLAS, each stream, by major compute capability
@@ -239,15 +240,16 @@ def convert(n: int, from_bytes: int, to_bytes: int) -> Launch:
     return Launch("convert", n * from_bytes, n * to_bytes, 0)
 
 
-def transfer(outs: int, vocab: int, terms: int) -> Iterator[Launch]:
-    """Greedy or plain sampling: a sweep that reads every term's logits once, and a second kernel for what it noted."""
+def transfer(outs: int, vocab: int, terms: int) -> Launch:
+    """Greedy or plain sampling: a sweep that reads every term's logits once, and what it noted, by the last block."""
     records = RECORD_BYTES * outs * ceil(vocab / UNIT)
     options = outs * (DRAW_BYTES + 4 * terms)
-    yield Launch("transfer", 4 * outs * vocab * terms + options, records, outs * vocab * (2 * terms + 8))
+    logits = 4 * outs * vocab * terms
     # five fields of each record are read one after the other, and all warps of an output read its options
     fields = outs * ceil(vocab / UNIT) * (5 * SECTOR - RECORD_BYTES)
-    again = fields + SECTOR * outs * FINISH_WARPS * (3 + terms) - options
-    yield Launch("finish", records + options, outs * DRAWN_BYTES, 0, again=again)
+    again = fields + SECTOR * outs * FINISH_WARPS * (3 + terms)
+    written = records + outs * (DRAWN_BYTES + SECTOR)  # and a counter of blocks, read and written
+    return Launch("transfer", logits + options + records, written, outs * vocab * (2 * terms + 8), again=again)
 
 
 def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
@@ -260,7 +262,7 @@ def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
         for shape, same in heads.items():  # those of equal shapes together, if that is all outputs
             head = product("head", n, *shape)
             yield from [head.batched(same)] if n == outs else [head] * same
-        yield from transfer(n, vocab, len(nets))
+        yield transfer(n, vocab, len(nets))
 
 
 def forward(net: Net, contexts: list[int], n_models: int = 1) -> Iterator[Launch]:
@@ -348,7 +350,7 @@ def workspace(nets: list[Net], major: int, context: int, rows: int = ROWS, seque
     logits = 4 * (ceil(vocab / 4) * 4)
     found = ceil(vocab / UNIT) * (RECORD_BYTES + 4 * UNIT + 4 * UNIT // 128 + 8 * len(nets))
     total += max(min(LOGITS_BYTES, outs * len(nets) * logits), len(nets) * logits)
-    return total + found * min(outs, max(LOGITS_BYTES // logits, 1))
+    return total + COUNTER_BYTES + found * min(outs, max(LOGITS_BYTES // logits, 1))
 
 
 def on_demand(vocab: int, sequences: int = SEQUENCES) -> int:
@@ -488,7 +490,7 @@ def page() -> str:
             costs by itself. The longest way through the step has {longest} nodes, which by that figure take {
             1e3 * LAUNCH_SECONDS * longest:.1f} ms. Long contexts are split over blocks, whose partial results `merge`
             puts together; `prefill` is launched where a pass has more than {SHORT_SEGMENT} rows, and finds nothing to
-            do; `finish` draws from what `transfer` found."""),
+            do."""),
     ]
     for batch in BATCHES:
         parts += [f"Batch {batch}:", kernel_table(base, small, batch, DEVICES[1])]

@@ -68,8 +68,10 @@ typedef struct {
     int32_t n_uncommon;
 } rast_transfer_term;
 /* l->terms is not read: `terms` [l->n_terms] stands for it (host array, copied). Outputs first_out .. first_out + n_out - 1
- * of l; row i of each term's logits is output first_out + i. scratch: rast_kernel_transfer_scratch(l, n_out) bytes,
- * aligned to 16, whatever they hold; SIZE_MAX: too much to count. An output's numbers do not depend on the others. */
+ * of l, RAST_KERNEL_OUTPUTS at most; row i of each term's logits is output first_out + i. scratch:
+ * rast_kernel_transfer_scratch(l, n_out) bytes, aligned to 16, of which the first RAST_KERNEL_OUTPUTS * 4 must be zero, and
+ * are again afterwards; SIZE_MAX: too much to count. An output's numbers do not depend on the others. */
+enum { RAST_KERNEL_OUTPUTS = 1024 };
 size_t rast_kernel_transfer_scratch(const rast_logits *l, int32_t n_out);
 void rast_kernel_transfer(cudaStream_t, const rast_logits *l, const rast_transfer_term *terms, int32_t first_out,
                           int32_t n_out, rast_dev scratch);

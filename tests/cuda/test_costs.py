@@ -45,8 +45,6 @@ KERNELS = {  # of an op of the model
     "attention": "short_kernel",
     "merge": "merge_kernel",
     "prefill": "long_kernel",
-    "transfer": "transfer_sweep",
-    "finish": "transfer_finish",
     "product": "cublasGemm",
 }
 
@@ -244,7 +242,7 @@ def other_cases() -> Iterator[Case]:
     yield [COSTS.saved(2, 4000)], saved
     for outs, vocab, terms in ((1, 32000, 3), (3, 9000, 2)):
         yield (
-            list(COSTS.transfer(outs, vocab, terms)),
+            [COSTS.transfer(outs, vocab, terms)],
             lambda device, memory, shape=(outs, vocab, terms): draw_greedily(device, memory, *shape),
         )
 
@@ -264,7 +262,7 @@ def count_all() -> list[dict[str, Any]]:
             call(device, memory)
             for launch in launches:
                 counts = counted(device.library, launch.op)
-                alone = launch.op in ("convert", "saved", "transfer", "finish")
+                alone = launch.op in ("convert", "saved", "transfer")
                 model = launch if alone else launch.batched(MODELS)
                 found.append(
                     dict(
@@ -333,7 +331,7 @@ def test_launches_of_a_decode_step(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatc
     def launches(prompts: list[Array], n: int) -> dict[str, int]:
         library.cuda_emulation_counters_clear()
         model.generate(prompts, max_new_tokens=n, do_sample=False, num_assistant_tokens=0, pad_token_id=0)
-        ops = [*KERNELS, "embed", "norm", "bias", "rope_kv", "glu", "gather"]
+        ops = [*KERNELS, "transfer", "embed", "norm", "bias", "rope_kv", "glu", "gather"]
         return {op: counted(library, op).launches for op in ops}
 
     for lengths in ([5], [300, 7], [4] * 9):

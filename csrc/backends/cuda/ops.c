@@ -128,8 +128,9 @@ static size_t n_gathered(const rast_logits *l) {
 /* Outputs of one call of the transfer step, of which n_terms have logits to be put together. */
 static int32_t piece_for(const rast_logits *l, size_t n_terms) {
     const size_t row = n_terms * logits_stride(l) * sizeof(float);
-    const size_t most = row ? LOGITS_BYTES / row : SIZE_MAX;
-    if (!most) return 1;
+    size_t most = row ? LOGITS_BYTES / row : RAST_KERNEL_OUTPUTS;
+    if (!most) most = 1;
+    if (most > RAST_KERNEL_OUTPUTS) most = RAST_KERNEL_OUTPUTS;
     return most < (size_t)l->n_out ? (int32_t)most : l->n_out;
 }
 
