@@ -491,14 +491,14 @@ static __device__ __forceinline__ void sweep(const transfer_job &job, const outp
 /* Whether the block is the last of its output to come here: then it sees what all have written. */
 static __device__ __forceinline__ bool is_last_block(const transfer_job &job, size_t i) {
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) { /* for all of the block: the barriers pass on what the fences order */
+        __threadfence();
         is_last = atomicAdd(&job.n_swept[i], 1u) == (unsigned)job.blocks - 1;
-        if (is_last) job.n_swept[i] = 0;
+        if (is_last) atomicExch(&job.n_swept[i], 0u); /* for the next launch */
+        __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return is_last;
 }
 
