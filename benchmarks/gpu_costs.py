@@ -24,6 +24,7 @@ LOGITS_BYTES = 128 << 20  # that one call of the transfer step reads at most
 FINISH_WARPS = 8  # of the block that finishes an output of the transfer
 COUNTER_BYTES = 4 << 10  # of the transfer's counters of blocks
 SECTOR = 32  # bytes: the least that device memory reads or writes
+SMALL_BYTES, SMALL_OPERATIONS = 64 << 20, 1 << 34  # of products that are batched, at most
 SCRATCH_BYTES = 64 << 20  # that split attention has for partial results at most
 BLAS_BYTES = {8: 8 << 20, 9: 32 << 20}  # workspace of cuBLAS, each stream, by major compute capability
 POINTER_BYTES = 8 << 16  # of each stream's table of pointers for batched products
@@ -91,6 +92,7 @@ class Launch:
     flops: int
     again: int = 0  # bytes that are asked for once more, and that a cache has
     cublas: bool = False
+    large: bool = False  # a product that is not batched with others of its shape
 
     @property
     def bytes(self) -> int:
@@ -141,7 +143,14 @@ def norm(rows: int, dim: int, group: int, act: int, *, add: bool) -> Launch:
 
 def product(what: str, rows: int, out: int, in_: int, act: int) -> Launch:
     """A cuBLAS product: weights and inputs of `act` bytes, float32 results."""
-    return Launch(f"product, {what}", act * in_ * (out + rows), 4 * rows * out, 2 * rows * out * in_, cublas=True)
+    flops = 2 * rows * out * in_
+    large = act * in_ * out > SMALL_BYTES or flops > SMALL_OPERATIONS
+    return Launch(f"product, {what}", act * in_ * (out + rows), 4 * rows * out, flops, cublas=True, large=large)
+
+
+def together(launch: Launch, n: int) -> list[Launch]:
+    """n of the same that do not wait for each other."""
+    return [launch] * n if launch.large else [launch.batched(n)]
 
 
 def bias(rows: int, out: int, act: int) -> Launch:
@@ -261,13 +270,14 @@ def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
         heads = Counter((min(net.vocab, vocab), net.hidden, net.act) for net in nets)
         for shape, same in heads.items():  # those of equal shapes together, if that is all outputs
             head = product("head", n, *shape)
-            yield from [head.batched(same)] if n == outs else [head] * same
+            yield from together(head, same) if n == outs else [head] * same
         yield transfer(n, vocab, len(nets))
 
 
 def forward(net: Net, contexts: list[int], n_models: int = 1) -> Iterator[Launch]:
     """The launches of csrc/model/forward.c for a decode step, one row a sequence, of models of equal shapes."""
-    return (launch.batched(n_models) for launch in forward_one(net, contexts))
+    for launch in forward_one(net, contexts):
+        yield from together(launch, n_models)
 
 
 def forward_one(net: Net, contexts: list[int]) -> Iterator[Launch]:
@@ -278,17 +288,17 @@ def forward_one(net: Net, contexts: list[int]) -> Iterator[Launch]:
     for layer in range(net.layers):
         yield norm(rows, net.hidden, net.hidden, net.act, add=layer > 0)
         if q == kv:
-            yield product("q, k and v", capacity, q, net.hidden, net.act).batched(3)
+            yield from together(product("q, k and v", capacity, q, net.hidden, net.act), 3)
         else:
             yield product("q", capacity, q, net.hidden, net.act)
-            yield product("k and v", capacity, kv, net.hidden, net.act).batched(2)
+            yield from together(product("k and v", capacity, kv, net.hidden, net.act), 2)
         if net.qkv_bias:
             yield from (bias(rows, out, net.act) for out in (q, kv, kv))
         yield rope_kv(rows, net)
         yield from attention(contexts, net)
         yield product("o", capacity, net.hidden, q, net.act)
         yield norm(rows, net.hidden, net.hidden, net.act, add=True)
-        yield product("gate and up", capacity, net.inter, net.hidden, net.act).batched(2)
+        yield from together(product("gate and up", capacity, net.inter, net.hidden, net.act), 2)
         yield glu(rows, net)
         yield product("down", capacity, net.hidden, net.inter, net.act)
     yield gather(rows, net)
@@ -475,8 +485,11 @@ def page() -> str:
             Every sequence has {CONTEXT} tokens of context. Bytes are those that device memory reads and writes.
             Launches: the base's pass + the pair's, which runs beside it on a stream of its own, expert and antiexpert
             as one pass + the products with the heads and the transfer, after both. Products of equal shapes that do
-            not wait for each other are one call of cuBLAS, which counts as one, though it may launch several kernels:
-            of keys and values, of gate and up, with the heads of expert and antiexpert. For each device the most
+            not wait for each other (of keys and values, of gate and up, of expert and antiexpert) are one call of
+            cuBLAS, which counts as one, though it may launch several kernels; but not where each has more than {
+            SMALL_BYTES >> 20
+        } MiB of weights or {SMALL_OPERATIONS / 1e9:.0f} G operations, beside which a launch
+            is little. For each device the most
             tokens a second that bandwidth and arithmetic allow, all sequences together, and in brackets for the base
             alone; – where one device is too small."""),
     ]
