@@ -15,7 +15,7 @@ help:
 	@echo "test-full      the long version: all instruction sets, more shapes and seeds, CUDA kernels for all architectures"
 	@echo "test-sanitize  C programs and binding under AddressSanitizer and UBSan"
 	@echo "test-gpu       the CUDA tests on a GPU, then under compute-sanitizer; uses PYTHON's own packages, offline"
-	@echo "bench-gpu      speed on a GPU beside its memory bandwidth and transformers, likewise"
+	@echo "bench-gpu      speed on a GPU, kernel by kernel, beside its memory bandwidth, cuBLAS and transformers, likewise"
 	@echo "lint           ruff, clang-format, mypy"
 	@echo "bench          decoding speed beside transformers, llama.cpp if it is there, and the memory bandwidth"
 	@echo "bench-full     all of docs/benchmarks.md (40 minutes; benchmarks/README.md says how to install llama.cpp)"

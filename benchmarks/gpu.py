@@ -1,6 +1,7 @@
-"""Speed of rast on a GPU (trio, and base alone) beside HuggingFace's three-model loop and the device memory's speed.
+"""Speed of rast on a GPU (trio, and base alone) beside HuggingFace's three-model loop, the device memory's speed and
+cuBLAS's on a large product, with the time of each kernel.
 
-    python benchmarks/gpu.py --shape qwen7b+1.5b --batch 1 8 --kernels
+    python benchmarks/gpu.py --shape qwen7b+1.5b --batch 1 8
 
 All contestants take turns in one process, round by round; the table shows medians. Nothing is downloaded.
 """
@@ -40,6 +41,29 @@ def copy_bandwidth(device: str, megabytes: int = 1024) -> float:
         wait()
         best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
     return best
+
+
+def product_speed(device: str, size: int = 8192) -> float:
+    """Operations a second of a large bfloat16 product; best of 10."""
+    a, b = (torch.ones(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    best = 0.0
+    for _ in range(10):
+        wait()
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        wait()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def operations(folder: Path) -> int:
+    """Of a prompt's token: two for each element of the layers' matrices. Attention and the head come on top."""
+    config = json.loads((folder / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    q, kv = heads * head, config.get("num_key_value_heads", heads) * head
+    return int(2 * config["num_hidden_layers"] * hidden * (2 * q + 2 * kv + 3 * config["intermediate_size"]))
 
 
 def rast_prefill(model: Any, prompts: np.ndarray, **options: Any) -> float:
@@ -105,7 +129,8 @@ def run(folders: tuple[Path, Path, Path], args: argparse.Namespace, device: str)
     dtype = {"torch_dtype" if transformers.__version__.startswith("4.") else "dtype": torch.bfloat16}
     others = [] if args.no_hf else [load(f, **dtype).to(device).eval() for f in folders]
     print(f"{info['isa']}; {args.shape}, bfloat16, greedy; medians of {args.rounds} rounds")
-    print("batch  what         tokens/s  of bandwidth  prefill tokens/s")
+    print("batch  what         tokens/s  of bandwidth  prefill tokens/s  of cuBLAS's peak")
+    work = [operations(folder) for folder in folders]
     results: dict[str, Any] = {"device": info["isa"], "shape": args.shape, "batches": {}}
     for batch in args.batch:
         rng = np.random.default_rng(batch)
@@ -113,6 +138,7 @@ def run(folders: tuple[Path, Path, Path], args: argparse.Namespace, device: str)
         long = rng.integers(0, 4000, (batch, args.prompt_tokens))
         contestants = {
             "bandwidth": lambda: copy_bandwidth(device),
+            "products": lambda: product_speed(device),
             "rast trio": lambda p=prompts: rast_decode(model, p, args.tokens),
             "rast base": lambda p=prompts: rast_decode(model, p, args.tokens, transfer_strength=0),
             "prefill trio": lambda p=long: rast_prefill(model, p),
@@ -131,9 +157,11 @@ def run(folders: tuple[Path, Path, Path], args: argparse.Namespace, device: str)
             share = weights * median[name] / batch / median["bandwidth"]
             line = f"{batch:>5}  {name:<10} {median[name]:>10.1f} {share:>12.0%}"
             if name.startswith("rast"):
-                line += f"  {median[name.replace('rast', 'prefill')]:>16,.0f}"
+                speed = median[name.replace("rast", "prefill")]
+                peak = speed * (sum(work) if name.endswith("trio") else work[0]) / median["products"]
+                line += f"  {speed:>16,.0f} {peak:>17.0%}"
             print(line)
-    if args.kernels:
+    if not args.no_kernels:
         print(kernel_table(model, np.random.default_rng(0).integers(0, 4000, (args.batch[0], PROMPT_LENGTH))))
     return results
 
@@ -145,7 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens that are timed")
     parser.add_argument("--prompt-tokens", type=int, default=2048, help="of the prefill")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kernels", action="store_true", help="the time of each kernel, by torch's profiler")
+    parser.add_argument("--no-kernels", action="store_true", help="without the time of each, by torch's profiler")
     parser.add_argument("--no-hf", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--weights", type=Path, help="keep the random weights in this folder")

@@ -21,8 +21,16 @@ QUERIES = 64  # of a block of the kernel for prefill: rows times heads of a grou
 UNIT, RECORD_BYTES = 512, 48  # of the transfer's sweep: ids, and what it notes of them
 DRAW_BYTES, DRAWN_BYTES = 72, 24  # rast_draw, rast_drawn
 LOGITS_BYTES = 128 << 20  # that one call of the transfer step reads at most
-FINISH_WARPS = 16  # of the second kernel of the transfer, for each output
+FINISH_WARPS = 8  # of the block that finishes an output of the transfer
+COUNTER_BYTES = 4 << 10  # of the transfer's counters of blocks
 SECTOR = 32  # bytes: the least that device memory reads or writes
+SMALL_BYTES, SMALL_OPERATIONS = 64 << 20, 1 << 34  # of products that are batched, at most
+SCRATCH_BYTES = 64 << 20  # that split attention has for partial results at most
+BLAS_BYTES = {8: 8 << 20, 9: 32 << 20}  # workspace of cuBLAS, each stream, by major compute capability
+POINTER_BYTES = 8 << 16  # of each stream's table of pointers for batched products
+KEPT_BYTES = 256 << 20  # left free for code and graphs
+ROWS, SEQUENCES = 512, 64  # of a step at most, by default
+DRAFTS, DRAFT_BYTES = 12, 128 << 20  # of a sequence, and of all drafts' logits, at most
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Device:
     bandwidth: float  # bytes/s
     flops: float  # bf16 with float32 accumulation, 1/s
     memory: float  # bytes
+    major: int  # of the compute capability
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class Launch:
     flops: int
     again: int = 0  # bytes that are asked for once more, and that a cache has
     cublas: bool = False
+    large: bool = False  # a product that is not batched with others of its shape
 
     @property
     def bytes(self) -> int:
@@ -102,9 +112,9 @@ LLAMA_8B = Net("Llama-3.1-8B", 32, 4096, 32, 8, 14336, 128256, tied=False, qkv_b
 LLAMA_70B = Net("Llama-3.1-70B", 80, 8192, 64, 8, 28672, 128256, tied=False, qkv_bias=False)
 TRIOS = ((QWEN_7B, QWEN_1_5B), (QWEN_14B, QWEN_1_5B), (QWEN_32B, QWEN_7B), (LLAMA_70B, LLAMA_8B))
 DEVICES = (
-    Device("A100 80 GB", 2.039e12, 312e12, 80e9),
-    Device("H100", 3.35e12, 989e12, 80e9),
-    Device("H200", 4.8e12, 989e12, 141e9),
+    Device("A100 80 GB", 2.039e12, 312e12, 80e9, 8),
+    Device("H100", 3.35e12, 989e12, 80e9, 9),
+    Device("H200", 4.8e12, 989e12, 141e9, 9),
 )
 
 
@@ -133,7 +143,14 @@ def norm(rows: int, dim: int, group: int, act: int, *, add: bool) -> Launch:
 
 def product(what: str, rows: int, out: int, in_: int, act: int) -> Launch:
     """A cuBLAS product: weights and inputs of `act` bytes, float32 results."""
-    return Launch(f"product, {what}", act * in_ * (out + rows), 4 * rows * out, 2 * rows * out * in_, cublas=True)
+    flops = 2 * rows * out * in_
+    large = act * in_ * out > SMALL_BYTES or flops > SMALL_OPERATIONS
+    return Launch(f"product, {what}", act * in_ * (out + rows), 4 * rows * out, flops, cublas=True, large=large)
+
+
+def together(launch: Launch, n: int) -> list[Launch]:
+    """n of the same that do not wait for each other."""
+    return [launch] * n if launch.large else [launch.batched(n)]
 
 
 def bias(rows: int, out: int, act: int) -> Launch:
@@ -232,15 +249,16 @@ def convert(n: int, from_bytes: int, to_bytes: int) -> Launch:
     return Launch("convert", n * from_bytes, n * to_bytes, 0)
 
 
-def transfer(outs: int, vocab: int, terms: int) -> Iterator[Launch]:
-    """Greedy or plain sampling: a sweep that reads every term's logits once, and a second kernel for what it noted."""
+def transfer(outs: int, vocab: int, terms: int) -> Launch:
+    """Greedy or plain sampling: a sweep that reads every term's logits once, and what it noted, by the last block."""
     records = RECORD_BYTES * outs * ceil(vocab / UNIT)
     options = outs * (DRAW_BYTES + 4 * terms)
-    yield Launch("transfer", 4 * outs * vocab * terms + options, records, outs * vocab * (2 * terms + 8))
+    logits = 4 * outs * vocab * terms
     # five fields of each record are read one after the other, and all warps of an output read its options
     fields = outs * ceil(vocab / UNIT) * (5 * SECTOR - RECORD_BYTES)
-    again = fields + SECTOR * outs * FINISH_WARPS * (3 + terms) - options
-    yield Launch("finish", records + options, outs * DRAWN_BYTES, 0, again=again)
+    again = fields + SECTOR * outs * FINISH_WARPS * (3 + terms)
+    written = records + outs * (DRAWN_BYTES + SECTOR)  # and a counter of blocks, read and written
+    return Launch("transfer", logits + options + records, written, outs * vocab * (2 * terms + 8), again=again)
 
 
 def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
@@ -252,13 +270,14 @@ def combine(nets: list[Net], outs: int) -> Iterator[Launch]:
         heads = Counter((min(net.vocab, vocab), net.hidden, net.act) for net in nets)
         for shape, same in heads.items():  # those of equal shapes together, if that is all outputs
             head = product("head", n, *shape)
-            yield from [head.batched(same)] if n == outs else [head] * same
-        yield from transfer(n, vocab, len(nets))
+            yield from together(head, same) if n == outs else [head] * same
+        yield transfer(n, vocab, len(nets))
 
 
 def forward(net: Net, contexts: list[int], n_models: int = 1) -> Iterator[Launch]:
     """The launches of csrc/model/forward.c for a decode step, one row a sequence, of models of equal shapes."""
-    return (launch.batched(n_models) for launch in forward_one(net, contexts))
+    for launch in forward_one(net, contexts):
+        yield from together(launch, n_models)
 
 
 def forward_one(net: Net, contexts: list[int]) -> Iterator[Launch]:
@@ -269,17 +288,17 @@ def forward_one(net: Net, contexts: list[int]) -> Iterator[Launch]:
     for layer in range(net.layers):
         yield norm(rows, net.hidden, net.hidden, net.act, add=layer > 0)
         if q == kv:
-            yield product("q, k and v", capacity, q, net.hidden, net.act).batched(3)
+            yield from together(product("q, k and v", capacity, q, net.hidden, net.act), 3)
         else:
             yield product("q", capacity, q, net.hidden, net.act)
-            yield product("k and v", capacity, kv, net.hidden, net.act).batched(2)
+            yield from together(product("k and v", capacity, kv, net.hidden, net.act), 2)
         if net.qkv_bias:
             yield from (bias(rows, out, net.act) for out in (q, kv, kv))
         yield rope_kv(rows, net)
         yield from attention(contexts, net)
         yield product("o", capacity, net.hidden, q, net.act)
         yield norm(rows, net.hidden, net.hidden, net.act, add=True)
-        yield product("gate and up", capacity, net.inter, net.hidden, net.act).batched(2)
+        yield from together(product("gate and up", capacity, net.inter, net.hidden, net.act), 2)
         yield glu(rows, net)
         yield product("down", capacity, net.hidden, net.inter, net.act)
     yield gather(rows, net)
@@ -304,6 +323,7 @@ def seconds(launches: list[Launch], device: Device) -> float:
 
 LAUNCH_SECONDS = 2e-6  # an assumption: a node of a replayed graph takes about so long, however little it does
 CONTEXT = 1024
+MEMORY_CONTEXT = 32768  # that the workspace is made for
 BATCHES = (1, 32)
 
 
@@ -318,6 +338,37 @@ def paragraph(text: str) -> str:
     return fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
+def activations(net: Net, n_models: int, context: int, rows: int, outs: int) -> int:
+    """Buffers of the models of one shape (forward.c), their table of angles, and partial results of attention."""
+    q, kv, f, act = net.heads * net.head_dim, net.kv_heads * net.head_dim, 4, net.act
+    row = net.hidden * (2 * f + act) + q * (f + act) + 2 * kv * f + net.inter * (2 * f + act)
+    chunks = min(ceil(bucket(context) / CHUNK), MAX_CHUNKS)
+    partial = n_models * rows * net.heads * (net.head_dim + 2) * f * chunks if chunks > 1 else 0
+    return (
+        n_models * (rows * row + outs * net.hidden * (f + act))
+        + context * net.head_dim * f
+        + min(partial, SCRATCH_BYTES)
+    )
+
+
+def workspace(nets: list[Net], major: int, context: int, rows: int = ROWS, sequences: int = SEQUENCES) -> int:
+    """What is allocated at load for the largest step: for models of each shape, a stream, and for the transfer."""
+    outs, vocab = rows + sequences, nets[0].vocab
+    shapes = Counter(nets)
+    total = sum(activations(net, n, context, rows, outs) for net, n in shapes.items())
+    total += len(shapes) * (BLAS_BYTES[major] + POINTER_BYTES) + 4 * sequences + DRAWN_BYTES * outs
+    logits = 4 * (ceil(vocab / 4) * 4)
+    found = ceil(vocab / UNIT) * (RECORD_BYTES + 4 * UNIT + 4 * UNIT // 128 + 8 * len(nets))
+    total += max(min(LOGITS_BYTES, outs * len(nets) * logits), len(nets) * logits)
+    return total + COUNTER_BYTES + found * min(outs, max(LOGITS_BYTES // logits, 1))
+
+
+def on_demand(vocab: int, sequences: int = SEQUENCES) -> int:
+    """What requests may ask for besides: rows of logits, those of drafts, histories and masks."""
+    row = 4 * vocab
+    return row * (sequences + min(DRAFT_BYTES // row, DRAFTS * sequences)) + 2 * sequences * 4 * ceil(vocab / 32)
+
+
 def memory_table() -> str:
     """What has to be on the device before the first token."""
     rows = []
@@ -326,12 +377,15 @@ def memory_table() -> str:
         per_token = base.kv_token_bytes + 2 * small.kv_token_bytes
         room = []
         for device in DEVICES:
-            left = (device.memory - stored) * 0.9
+            work = workspace([base, small, small], device.major, MEMORY_CONTEXT)
+            left = device.memory - stored - work - KEPT_BYTES - on_demand(base.vocab)
             room.append(
                 f"{left / per_token / 1e3:.0f} thousand" if left > 0 else f"{ceil(stored / device.memory)} devices"
             )
-        rows.append([f"{base.name} + 2 × {small.name}", f"{stored / 1e9:.1f} GB", f"{per_token / 1e3:.0f} kB", *room])
-    header = ["models", "weights", "KV a token", *(f"tokens of KV on {d.name}" for d in DEVICES)]
+        work = workspace([base, small, small], 9, MEMORY_CONTEXT)
+        sizes = [f"{stored / 1e9:.1f} GB", f"{work / 1e9:.2f} GB", f"{per_token / 1e3:.0f} kB"]
+        rows.append([f"{base.name} + 2 × {small.name}", *sizes, *room])
+    header = ["models", "weights", "workspace", "KV a token", *(f"tokens of KV on {d.name}" for d in DEVICES)]
     return table(header, rows)
 
 
@@ -418,15 +472,24 @@ def page() -> str:
             op table says so. The bytes of our own kernels and the number of launches agree with what is counted
             under emulation (`tests/cuda/test_costs.py`)."""),
         "## Memory",
-        "Weights as stored, and how many tokens of keys and values fit beside them (90 % of the rest, the default).",
+        paragraph(f"""
+            Weights as stored; what a step of {ROWS} rows and {SEQUENCES} sequences of up to {MEMORY_CONTEXT} tokens
+            needs (activations, cuBLAS's workspace, partial results of attention, logits), made at load; and how many
+            tokens of keys and values fit beside them and what is left free: {KEPT_BYTES >> 20} MiB for code and graphs,
+            and for requests {on_demand(base.vocab) / 1e6:.0f} MB (a row of logits for each sequence, those of drafts).
+            What the context itself takes, some hundreds of MB, is not in the table: the backend sees what is free
+            beside it."""),
         memory_table(),
         "## A decode step",
         paragraph(f"""
             Every sequence has {CONTEXT} tokens of context. Bytes are those that device memory reads and writes.
             Launches: the base's pass + the pair's, which runs beside it on a stream of its own, expert and antiexpert
             as one pass + the products with the heads and the transfer, after both. Products of equal shapes that do
-            not wait for each other are one call of cuBLAS, which counts as one, though it may launch several kernels:
-            of keys and values, of gate and up, with the heads of expert and antiexpert. For each device the most
+            not wait for each other (of keys and values, of gate and up, of expert and antiexpert) are one call of
+            cuBLAS, which counts as one, though it may launch several kernels; but not where each has more than {
+            SMALL_BYTES >> 20
+        } MiB of weights or {SMALL_OPERATIONS / 1e9:.0f} G operations, beside which a launch
+            is little. For each device the most
             tokens a second that bandwidth and arithmetic allow, all sequences together, and in brackets for the base
             alone; – where one device is too small."""),
     ]
@@ -440,7 +503,7 @@ def page() -> str:
             costs by itself. The longest way through the step has {longest} nodes, which by that figure take {
             1e3 * LAUNCH_SECONDS * longest:.1f} ms. Long contexts are split over blocks, whose partial results `merge`
             puts together; `prefill` is launched where a pass has more than {SHORT_SEGMENT} rows, and finds nothing to
-            do; `finish` draws from what `transfer` found."""),
+            do."""),
     ]
     for batch in BATCHES:
         parts += [f"Batch {batch}:", kernel_table(base, small, batch, DEVICES[1])]

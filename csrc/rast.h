@@ -281,6 +281,10 @@ typedef struct {
     uint64_t reused;                    /* tokens that a sample did not compute with net 0, since a block had them */
     uint64_t preempted;                 /* times that a sample gave its blocks up */
     uint64_t evicted;                   /* blocks of kept prefixes that were used for something else */
+    /* Of a device with memory of its own (else 0), in bytes: all, free now; the model's weights, and buffers of steps, which
+     * this engine shares with others of the model; what was left free beside the KV cache, for the device's own needs and
+     * for what requests may ask for. */
+    size_t device_bytes, device_free, device_weights, device_work, device_kept;
 } rast_engine_info;
 RAST_API void rast_engine_get_info(const rast_engine *engine, rast_engine_info *out);
 

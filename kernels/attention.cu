@@ -8,6 +8,10 @@ size_t rast_kernel_attention_scratch(const rast_pass *pass, const rast_kv *kv) {
     return attend_short_scratch(*pass, kv->n_heads, kv->head_dim);
 }
 
+size_t rast_kernel_attention_scratch_at_most(const rast_pass *pass, const rast_kv *kv) {
+    return attend_short_scratch_at_most(*pass, kv->n_heads, kv->head_dim);
+}
+
 void rast_kernel_attention(cudaStream_t stream, const rast_pass *pass, rast_dev q, const rast_kv *kv, int32_t window,
                            float scale, rast_dev y, rast_dev scratch) {
     const attention_args a = {*pass,

@@ -30,6 +30,7 @@ struct attention_args {
 /* attention_decode.cu: rows of short segments (all segments, if the pass cannot hold a longer one). */
 void attend_short(cudaStream_t stream, const attention_args &a);
 size_t attend_short_scratch(const rast_pass &pass, int32_t n_heads, int32_t head_dim);
+size_t attend_short_scratch_at_most(const rast_pass &pass, int32_t n_heads, int32_t head_dim);
 /* attention_decode.cu: rows of long segments, for types and head sizes that tensor cores do not take. */
 void attend_long_plain(cudaStream_t stream, const attention_args &a);
 /* attention_prefill.cu: rows of long segments. */

@@ -14,9 +14,10 @@ using namespace rast;
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int KEYS = 2 * BLOCK;     /* of a warp at a time */
-constexpr int CHUNK = WARPS * KEYS; /* positions of a block at least */
-constexpr int MAX_CHUNKS = 64;      /* longer contexts have longer chunks: the room for partial results is bounded */
+constexpr int KEYS = 2 * BLOCK;          /* of a warp at a time */
+constexpr int CHUNK = WARPS * KEYS;      /* positions of a block at least */
+constexpr int MAX_CHUNKS = 64;           /* longer contexts have longer chunks, */
+constexpr size_t MAX_SCRATCH = 64 << 20; /* as many rows have: the room for partial results is bounded */
 constexpr int MERGE_THREADS = 64;
 
 /* How a launch shares its work out; by capacities only. */
@@ -27,20 +28,28 @@ struct split {
     int32_t slots, by_row; /* rows that partial results have room for, a model: slot = row, or longest * segment + i */
 };
 
-split split_of(const rast_pass &pass) {
+/* Partial result of a chunk: head_dim weighted values, maximum, sum. */
+__host__ __device__ inline size_t partial_floats(int32_t head_dim) { return static_cast<size_t>(head_dim) + 2; }
+
+/* Bytes of one chunk's partial results, all rows. */
+size_t chunk_bytes(const rast_pass &pass, int32_t slots, int32_t n_heads, int32_t head_dim) {
+    return static_cast<size_t>(pass.n_models) * static_cast<size_t>(slots) * static_cast<size_t>(n_heads) *
+           partial_floats(head_dim) * sizeof(float);
+}
+
+split split_of(const rast_pass &pass, int32_t n_heads, int32_t head_dim) {
     split s = {};
-    s.chunk = CHUNK;
-    while (ceil_div(static_cast<size_t>(pass.cap_ctx), static_cast<size_t>(s.chunk)) > MAX_CHUNKS) s.chunk *= 2;
-    s.n_chunks = static_cast<int32_t>(ceil_div(static_cast<size_t>(pass.cap_ctx), static_cast<size_t>(s.chunk)));
     s.longest = SHORT_SEGMENT;
     const int64_t by_segment = static_cast<int64_t>(pass.cap_segs) * SHORT_SEGMENT;
     s.by_row = pass.cap_rows <= by_segment;
     s.slots = s.by_row ? pass.cap_rows : static_cast<int32_t>(by_segment);
+    size_t most = MAX_SCRATCH / chunk_bytes(pass, s.slots, n_heads, head_dim);
+    most = most < 1 ? 1 : most > MAX_CHUNKS ? MAX_CHUNKS : most;
+    s.chunk = CHUNK;
+    while (ceil_div(static_cast<size_t>(pass.cap_ctx), static_cast<size_t>(s.chunk)) > most) s.chunk *= 2;
+    s.n_chunks = static_cast<int32_t>(ceil_div(static_cast<size_t>(pass.cap_ctx), static_cast<size_t>(s.chunk)));
     return s;
 }
-
-/* Partial result of a chunk: head_dim weighted values, maximum, sum. */
-__host__ __device__ inline size_t partial_floats(int32_t head_dim) { return static_cast<size_t>(head_dim) + 2; }
 
 __device__ __forceinline__ float *partial_of(const attention_args &a, const split &s, size_t model, int32_t slot,
                                              int32_t head, int32_t chunk) {
@@ -364,14 +373,20 @@ void launch_for_type(cudaStream_t stream, const attention_args &a, const split &
 } // namespace
 
 size_t rast::attend_short_scratch(const rast_pass &pass, int32_t n_heads, int32_t head_dim) {
-    const split s = split_of(pass);
-    if (s.n_chunks == 1) return 0;
-    return static_cast<size_t>(pass.n_models) * static_cast<size_t>(s.slots) * static_cast<size_t>(n_heads) *
-           static_cast<size_t>(s.n_chunks) * partial_floats(head_dim) * sizeof(float);
+    const split s = split_of(pass, n_heads, head_dim);
+    return s.n_chunks == 1 ? 0 : static_cast<size_t>(s.n_chunks) * chunk_bytes(pass, s.slots, n_heads, head_dim);
+}
+
+size_t rast::attend_short_scratch_at_most(const rast_pass &pass, int32_t n_heads, int32_t head_dim) {
+    const split s = split_of(pass, n_heads, head_dim);
+    size_t chunks = ceil_div(static_cast<size_t>(pass.cap_ctx), static_cast<size_t>(CHUNK));
+    if (chunks > MAX_CHUNKS) chunks = MAX_CHUNKS;
+    const size_t bytes = chunks * chunk_bytes(pass, s.slots, n_heads, head_dim);
+    return chunks == 1 ? 0 : bytes < MAX_SCRATCH ? bytes : MAX_SCRATCH;
 }
 
 void rast::attend_short(cudaStream_t stream, const attention_args &a) {
-    const split s = split_of(a.pass);
+    const split s = split_of(a.pass, a.n_heads, a.head_dim);
     launch_for_type(stream, a, s, false);
     if (s.n_chunks == 1) return;
     const dim3 grid(static_cast<unsigned>(s.slots), static_cast<unsigned>(a.n_heads),
@@ -380,7 +395,7 @@ void rast::attend_short(cudaStream_t stream, const attention_args &a) {
 }
 
 void rast::attend_long_plain(cudaStream_t stream, const attention_args &a) {
-    split s = split_of(a.pass);
+    split s = split_of(a.pass, a.n_heads, a.head_dim);
     s.chunk = a.pass.cap_ctx;
     s.n_chunks = 1;
     launch_for_type(stream, a, s, true);

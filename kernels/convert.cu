@@ -27,6 +27,11 @@ __global__ void convert_kernel(rast_dev in, int32_t in_type, rast_dev out, int32
 
 } // namespace
 
+cudaError_t rast_kernel_available(void) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(convert_kernel<4>));
+}
+
 void rast_kernel_convert(cudaStream_t stream, rast_dev in, int32_t in_type, rast_dev out, int32_t out_type, size_t n) {
     if (n == 0) return;
     const bool vectors = in % (4 * type_bytes(in_type)) == 0 && out % (4 * type_bytes(out_type)) == 0;

@@ -38,6 +38,8 @@ void rast_kernel_rope_kv(cudaStream_t, const rast_pass *, rast_dev q, rast_dev k
 /* attention_*.cu. See rast_ops.attention. scratch: rast_kernel_attention_scratch() bytes (a function of capacities only;
  * may be 0), not shared with another launch that may run at the same time. */
 size_t rast_kernel_attention_scratch(const rast_pass *, const rast_kv *);
+/* The most for any pass whose capacities are not above these. */
+size_t rast_kernel_attention_scratch_at_most(const rast_pass *, const rast_kv *);
 void rast_kernel_attention(cudaStream_t, const rast_pass *, rast_dev q, const rast_kv *, int32_t window, float scale,
                            rast_dev y, rast_dev scratch);
 
@@ -54,6 +56,9 @@ void rast_kernel_copy_blocks(cudaStream_t, const rast_dev *base, int32_t n_model
 /* convert.cu. out[i] = in[i] rounded to nearest even; n elements; float types. */
 void rast_kernel_convert(cudaStream_t, rast_dev in, int32_t in_type, rast_dev out, int32_t out_type, size_t n);
 
+/* Whether the device has a kernel to run: cudaErrorNoKernelImageForDevice if none was compiled for it. */
+cudaError_t rast_kernel_available(void);
+
 /* transfer.cu: the sum, statistics, processors and draw of rast_ops.combine, for outputs whose logits are there. */
 typedef struct {
     rast_dev logits;   /* [n_out, stride] float32: the term's own logits, unscaled */
@@ -63,8 +68,10 @@ typedef struct {
     int32_t n_uncommon;
 } rast_transfer_term;
 /* l->terms is not read: `terms` [l->n_terms] stands for it (host array, copied). Outputs first_out .. first_out + n_out - 1
- * of l; row i of each term's logits is output first_out + i. scratch: rast_kernel_transfer_scratch(l, n_out) bytes,
- * aligned to 16, whatever they hold; SIZE_MAX: too much to count. An output's numbers do not depend on the others. */
+ * of l, RAST_KERNEL_OUTPUTS at most; row i of each term's logits is output first_out + i. scratch:
+ * rast_kernel_transfer_scratch(l, n_out) bytes, aligned to 16, of which the first RAST_KERNEL_OUTPUTS * 4 must be zero, and
+ * are again afterwards; SIZE_MAX: too much to count. An output's numbers do not depend on the others. */
+enum { RAST_KERNEL_OUTPUTS = 1024 };
 size_t rast_kernel_transfer_scratch(const rast_logits *l, int32_t n_out);
 void rast_kernel_transfer(cudaStream_t, const rast_logits *l, const rast_transfer_term *terms, int32_t first_out,
                           int32_t n_out, rast_dev scratch);

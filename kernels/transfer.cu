@@ -1,10 +1,10 @@
 /* transfer.cu: the transfer step: from every term's logits to a token, with statistics and the rows that are asked for.
  *
- * Two kernels. The sweep reads each logit once: a warp takes UNIT ids of an output at a time, holds their sum in
- * registers, takes statistics and draws; what it has found goes to scratch, one record a unit, so that nothing depends
- * on how many warps there are. The second kernel, a block an output, merges the records in a fixed order and adds the
- * few ids that could not be decided before: uncommon ids, whose value is a log-sum-exp over all others, and what top-k,
- * top-p and min-p leave (select.h). Sums, processors and random numbers have the CPU's roundings (never compile this
+ * One kernel, in two parts. The sweep reads each logit once: a warp takes UNIT ids of an output at a time, holds their
+ * sum in registers, takes statistics and draws; what it has found goes to scratch, one record a unit, so that nothing
+ * depends on how many warps there are. The block that is the last of its output to have swept then finishes: it merges
+ * the records in a fixed order and adds the few ids that could not be decided before: uncommon ids, whose value is a
+ * log-sum-exp over all others, and what top-k, top-p and min-p leave (select.h). Sums, processors and random numbers have the CPU's roundings (never compile this
  * with fast math), draws are decided in double.
  */
 #include "kernels.h"
@@ -18,9 +18,9 @@
 enum {
     CHUNKS = 4,                  /* groups of four ids that a lane holds, one in each tile */
     UNIT = CHUNKS * SELECT_TILE, /* ids of a warp's turn */
-    SWEEP_THREADS = 128,         /* its warps need not know of each other */
-    SWEEP_WARPS = 4096,          /* about as many as large devices hold at once; more units than that take turns */
-    FINISH_THREADS = 512,
+    THREADS = 256,
+    SWEEP_WARPS = 4096, /* about as many as large devices hold at once; more units than that take turns */
+    COUNTER_BYTES = RAST_KERNEL_OUTPUTS * sizeof(unsigned),
     MEASURED = RAST_DRAW_LOGPROB | RAST_DRAW_STATS,
 };
 
@@ -43,11 +43,12 @@ struct unit_record {
 struct transfer_job {
     rast_logits l;
     rast_transfer_term term[RAST_KERNEL_MODELS];
-    int first_out, n_units, warps; /* warps: of the sweep, an output */
-    unit_record *record;           /* [n_out, n_units] */
-    float *row;                    /* [n_out, n_units * UNIT] processed logits of outputs with a filter */
-    unsigned *tile_key;            /* [n_out, n_units * CHUNKS] order_key of the tiles' maxima of that row */
-    float2 *term_sum;              /* [n_out, n_units, n_terms] max and sum of exp(l - max), over common ids */
+    int first_out, n_units, warps, blocks; /* of the sweep, an output */
+    unsigned *n_swept;                     /* [n_out] blocks; 0 before and after */
+    unit_record *record;                   /* [n_out, n_units] */
+    float *row;                            /* [n_out, n_units * UNIT] processed logits of outputs with a filter */
+    unsigned *tile_key;                    /* [n_out, n_units * CHUNKS] order_key of the tiles' maxima of that row */
+    float2 *term_sum;                      /* [n_out, n_units, n_terms] max and sum of exp(l - max), over common ids */
 };
 
 template <class T> __host__ __device__ static inline T *pointer(rast_dev d) {
@@ -419,12 +420,11 @@ __device__ static best_id warp_best(best_id best) {
     return best;
 }
 
-static __global__ void __launch_bounds__(SWEEP_THREADS, 4) transfer_sweep(const transfer_job job) {
-    const int lane = (int)threadIdx.x % 32, blocks = (job.warps + SWEEP_THREADS / 32 - 1) / (SWEEP_THREADS / 32);
-    const int warp = (int)blockIdx.x % blocks * (SWEEP_THREADS / 32) + (int)threadIdx.x / 32;
-    const size_t i = (size_t)((int)blockIdx.x / blocks);
+/* What a warp does of output i. */
+static __device__ __forceinline__ void sweep(const transfer_job &job, const output &o, size_t i) {
+    const int lane = (int)threadIdx.x % 32;
+    const int warp = (int)blockIdx.x % job.blocks * (THREADS / 32) + (int)threadIdx.x / 32;
     if (warp >= job.warps) return;
-    const output o = load_output(job, i);
     best_id best = {-INFINITY, -1};
     float floor = -INFINITY;
 
@@ -488,7 +488,21 @@ static __global__ void __launch_bounds__(SWEEP_THREADS, 4) transfer_sweep(const 
     }
 }
 
-/* ---- the second kernel: a block an output ------------------------------------------------------------------------ */
+/* Whether the block is the last of its output to come here: then it sees what all have written. */
+static __device__ __forceinline__ bool is_last_block(const transfer_job &job, size_t i) {
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0) { /* for all of the block: the barriers pass on what the fences order */
+        __threadfence();
+        is_last = atomicAdd(&job.n_swept[i], 1u) == (unsigned)job.blocks - 1;
+        if (is_last) atomicExch(&job.n_swept[i], 0u); /* for the next launch */
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last;
+}
+
+/* ---- what the last block does ------------------------------------------------------------------------------------ */
 
 struct block_memory {
     float *floats;   /* [warps] */
@@ -502,7 +516,7 @@ __device__ static best_id block_best(best_id best, const block_memory &shared) {
     best = warp_best(best);
     share_by_warp(best.key, shared.doubles);
     share_by_warp(best.id, shared.ints);
-    for (unsigned w = 0; w < FINISH_THREADS / 32; w++) merge(best, shared.doubles[w], shared.ints[w]);
+    for (unsigned w = 0; w < THREADS / 32; w++) merge(best, shared.doubles[w], shared.ints[w]);
     return best;
 }
 
@@ -514,10 +528,10 @@ __device__ static void term_constants(const transfer_job &job, const output &o, 
         if (o.coef[m] == 0) continue;
         float max = -INFINITY;
         double sum = 0;
-        for (int u = (int)threadIdx.x; u < job.n_units; u += FINISH_THREADS)
+        for (int u = (int)threadIdx.x; u < job.n_units; u += THREADS)
             max = larger(max, sums[(size_t)u * (size_t)job.l.n_terms + (size_t)m].x);
         max = block_max(max, shared.floats);
-        for (int u = (int)threadIdx.x; u < job.n_units; u += FINISH_THREADS) {
+        for (int u = (int)threadIdx.x; u < job.n_units; u += THREADS) {
             const float2 part = sums[(size_t)u * (size_t)job.l.n_terms + (size_t)m];
             if (part.x > -INFINITY) sum += (double)part.y * exp((double)part.x - (double)max);
         }
@@ -532,7 +546,7 @@ template <class F> __device__ __forceinline__ void visit_uncommon(const transfer
     for (int m = 1; o.has_uncommon && m < job.l.n_terms; m++) {
         const int *ids = pointer<const int>(job.term[m].uncommon);
         if (o.coef[m] == 0) continue;
-        for (int k = (int)threadIdx.x; k < job.term[m].n_uncommon; k += FINISH_THREADS)
+        for (int k = (int)threadIdx.x; k < job.term[m].n_uncommon; k += THREADS)
             if (ids[k] < o.limit && !is_uncommon(job, o, ids[k], m)) f(ids[k]);
     }
 }
@@ -566,13 +580,13 @@ __device__ static sums merge_sums(const transfer_job &job, const output &o, size
     const unit_record *record = job.record + i * (size_t)job.n_units;
     float max = uncommon_max, base_max = -INFINITY;
     double sum = 0, dif = 0, base = 0;
-    for (int u = (int)threadIdx.x; u < job.n_units; u += FINISH_THREADS) {
+    for (int u = (int)threadIdx.x; u < job.n_units; u += THREADS) {
         max = larger(max, record[u].max);
         base_max = larger(base_max, record[u].base_max);
     }
     max = block_max(max, shared.floats);
     base_max = block_max(base_max, shared.floats);
-    for (int u = (int)threadIdx.x; u < job.n_units; u += FINISH_THREADS) {
+    for (int u = (int)threadIdx.x; u < job.n_units; u += THREADS) {
         const unit_record &r = record[u];
         const double scale = r.max > -INFINITY ? exp((double)r.max - (double)max) : 0;
         sum += scale * (double)r.sum;
@@ -598,7 +612,7 @@ __device__ static sums merge_sums(const transfer_job &job, const output &o, size
 __device__ static void finish_filtered(const transfer_job &job, const output &o, selection &s,
                                        const block_memory &shared, best_id &best) {
     float max = -INFINITY;
-    for (int t = (int)threadIdx.x; t < s.n_tiles; t += FINISH_THREADS) max = larger(max, order_value(s.tile_key[t]));
+    for (int t = (int)threadIdx.x; t < s.n_tiles; t += THREADS) max = larger(max, order_value(s.tile_key[t]));
     s.max = max = block_max(max, shared.floats);
 
     /* First the tiles' maxima (the k-th greatest logit is at least the k-th greatest of these: other tiles need not be
@@ -628,7 +642,7 @@ __device__ static void finish_filtered(const transfer_job &job, const output &o,
     }
     if (o.d.flags & RAST_DRAW_SCORES) {
         __syncthreads(); /* the row has been read */
-        for (int v = (int)threadIdx.x; v < job.l.n_vocab; v += FINISH_THREADS)
+        for (int v = (int)threadIdx.x; v < job.l.n_vocab; v += THREADS)
             if (!stays(o.row[v])) o.row[v] = -INFINITY;
     }
 }
@@ -637,24 +651,22 @@ __device__ static void finish_filtered(const transfer_job &job, const output &o,
 __device__ static bool is_last_of_slot(const transfer_job &job, const output &o) {
     const rast_draw *draws = pointer<const rast_draw>(job.l.draw);
     int later = 0;
-    for (int p = o.at + 1 + (int)threadIdx.x; p < job.l.n_out; p += FINISH_THREADS) later |= draws[p].slot == o.d.slot;
+    for (int p = o.at + 1 + (int)threadIdx.x; p < job.l.n_out; p += THREADS) later |= draws[p].slot == o.d.slot;
     return !__syncthreads_or(later) && o.d.slot >= 0;
 }
 
-static __global__ void __launch_bounds__(FINISH_THREADS, 1) transfer_finish(const transfer_job job) {
-    __shared__ select_mass bucket[SELECT_BUCKETS], mass_by_warp[FINISH_THREADS / 32], found[2];
-    __shared__ float list_x[SELECT_LIST], floats[FINISH_THREADS / 32], lse[RAST_KERNEL_MODELS];
-    __shared__ int list_id[SELECT_LIST], n_listed, ints[FINISH_THREADS / 32];
-    __shared__ double doubles[FINISH_THREADS / 32];
+static __device__ __forceinline__ void finish(const transfer_job &job, const output &o, size_t i) {
+    __shared__ select_mass bucket[SELECT_BUCKETS], mass_by_warp[THREADS / 32], found[2];
+    __shared__ float list_x[SELECT_LIST], floats[THREADS / 32], lse[RAST_KERNEL_MODELS];
+    __shared__ int list_id[SELECT_LIST], n_listed, ints[THREADS / 32];
+    __shared__ double doubles[THREADS / 32];
     const block_memory shared = {floats, doubles, ints, lse};
-    const size_t i = blockIdx.x;
-    const output o = load_output(job, i);
     const unit_record *record = job.record + i * (size_t)job.n_units;
     best_id best = {-INFINITY, -1}, base_choice = {-INFINITY, -1};
     float uncommon_max = -INFINITY;
     int bad = INT_MAX;
 
-    for (int u = (int)threadIdx.x; u < job.n_units; u += FINISH_THREADS) {
+    for (int u = (int)threadIdx.x; u < job.n_units; u += THREADS) {
         merge(best, record[u].key, record[u].id);
         merge(base_choice, (double)record[u].base_key, record[u].base_id);
         bad = smaller(bad, record[u].bad);
@@ -712,6 +724,14 @@ static __global__ void __launch_bounds__(FINISH_THREADS, 1) transfer_finish(cons
     if (job.l.drawn && last && result.token >= 0) pointer<int32_t>(job.l.drawn)[o.d.slot] = result.token;
 }
 
+/* Grid: blocks of the sweep, output by output. */
+static __global__ void __launch_bounds__(THREADS, 2) transfer_kernel(const transfer_job job) {
+    const size_t i = blockIdx.x / (unsigned)job.blocks;
+    const output o = load_output(job, i);
+    sweep(job, o, i);
+    if (is_last_block(job, i)) finish(job, o, i);
+}
+
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 static size_t n_units_of(const rast_logits *l) { return ((size_t)l->n_vocab + UNIT - 1) / UNIT; }
@@ -726,7 +746,7 @@ static size_t scratch_of_output(const rast_logits *l) {
 size_t rast_kernel_transfer_scratch(const rast_logits *l, int32_t n_out) {
     const size_t one = scratch_of_output(l);
     if (n_out <= 0 || !one) return 0;
-    return one <= SIZE_MAX / (size_t)n_out ? one * (size_t)n_out : SIZE_MAX;
+    return one <= (SIZE_MAX - COUNTER_BYTES) / (size_t)n_out ? COUNTER_BYTES + one * (size_t)n_out : SIZE_MAX;
 }
 
 void rast_kernel_transfer(cudaStream_t stream, const rast_logits *l, const rast_transfer_term *terms, int32_t first_out,
@@ -738,14 +758,14 @@ void rast_kernel_transfer(cudaStream_t stream, const rast_logits *l, const rast_
     for (int32_t m = 0; m < l->n_terms; m++) job.term[m] = terms[m];
     job.first_out = first_out;
     job.n_units = (int)n_units;
-    job.record = pointer<unit_record>(scratch);
+    job.n_swept = pointer<unsigned>(scratch);
+    job.record = pointer<unit_record>(scratch + COUNTER_BYTES);
     job.row = reinterpret_cast<float *>(job.record + n * n_units);
     job.tile_key = reinterpret_cast<unsigned *>(job.row + n * n_units * UNIT);
     job.term_sum = reinterpret_cast<float2 *>(job.tile_key + n * n_units * CHUNKS);
 
     const size_t turns = (n * n_units + SWEEP_WARPS - 1) / SWEEP_WARPS; /* units of a warp */
     job.warps = (int)((n_units + turns - 1) / turns);
-    const unsigned blocks = (unsigned)((job.warps + SWEEP_THREADS / 32 - 1) / (SWEEP_THREADS / 32));
-    RAST_LAUNCH(transfer_sweep, dim3(blocks * (unsigned)n_out), dim3(SWEEP_THREADS), 0, stream, job);
-    RAST_LAUNCH(transfer_finish, dim3((unsigned)n_out), dim3(FINISH_THREADS), 0, stream, job);
+    job.blocks = (job.warps + THREADS / 32 - 1) / (THREADS / 32);
+    RAST_LAUNCH(transfer_kernel, dim3((unsigned)job.blocks * (unsigned)n_out), dim3(THREADS), 0, stream, job);
 }

@@ -170,6 +170,11 @@ class EngineInfo(TypedDict):
     draft_ns: int
     preempted: int  # times that a sample gave its blocks up
     evicted: int  # blocks of kept prefixes that were used for something else
+    device_bytes: int  # of a device with memory of its own, else 0; and of these:
+    device_free: int
+    device_weights: int
+    device_work: int  # buffers of a step
+    device_kept: int  # left free beside the KV cache, for the device's own needs and what requests may ask for
 
 # (tag, sample, new token ids [n] int32, finish or None)
 OnTokens = Callable[[int, int, NDArray[np.int32], str | None], None]

@@ -40,6 +40,7 @@ def choose(device: str, *, quantized: bool = False) -> Device:
     Raises:
         ValueError: no such name; quantized weights on CUDA.
         RuntimeError: CUDA does not work here; the message says what is missing.
+        MemoryError: the named device has no memory left to start with.
     """
     if not isinstance(device, str):
         raise TypeError(f"device must be a string, not {device!r}")
@@ -57,7 +58,9 @@ def choose(device: str, *, quantized: bool = False) -> Device:
         return Device("cpu", reason="weights are quantized")
     try:
         return _cuda(int(match[1] or 0) if match else 0)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if match and isinstance(error, MemoryError):
+            raise
         if match:
             raise RuntimeError(f"device {device!r} cannot be used: {error}; {_HINT}") from None
         return Device("cpu", reason=str(error))

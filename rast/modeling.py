@@ -345,6 +345,8 @@ class RastForCausalLM:
         not compute again; `preempted`: times that a sequence had to make room; `evicted`: kept blocks given up.
         `drafted`: drafts that were checked; `accepted`: those that stood; `rejected`: first ones of a run that did not;
         `draft_steps`: passes of the expert that drew them; `step_ns`, `draft_ns`: what these and the steps have taken.
+        On CUDA, in bytes: `device_bytes`, the device's memory; `device_free`; `device_weights`; `device_work`, buffers
+        of a step; `device_kept`, what was left free beside the KV cache for CUDA itself and for what requests ask for.
         """
         info: Mapping[str, Any] = self._shared_engine().info()
         return dict(info)

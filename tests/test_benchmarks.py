@@ -261,3 +261,19 @@ def test_report(tmp_path: Path, decode: dict[str, Any], workload: dict[str, Any]
     names = {path.name for path in folder.iterdir()}
     assert names == {"decode-16.json", "decode-8.json", "workload.json", "decode.svg", "workload.svg"}
     assert all((folder / name).read_text().startswith("<?xml") for name in names if name.endswith(".svg"))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def test_yardsticks_of_a_gpu(tmp_path: Path) -> None:
+    """What of that benchmark runs without one."""
+    import gpu
+
+    assert gpu.copy_bandwidth("cpu", 1) > 1e6
+    assert gpu.product_speed("cpu", 64) > 1e5
+    config = dict(hidden_size=8, num_attention_heads=4, num_hidden_layers=3, intermediate_size=10)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert gpu.operations(tmp_path) == 2 * 3 * 8 * (4 * 8 + 3 * 10)
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(num_key_value_heads=2, head_dim=6)))
+    assert gpu.operations(tmp_path) == 2 * 3 * 8 * (2 * 24 + 2 * 12 + 3 * 10)

@@ -581,7 +581,12 @@ def test_injected_failures(cuda: Device) -> None:
     cuda.held.append(p)
     lib.cuda_emulation_fail_call(c_uint64(1), FAILED)
     cuda.affine(x, 1, 1, None)
-    assert lib.cudaGetLastError() == FAILED
+    assert lib.cudaGetLastError() == FAILED  # which corrupts the context
+    assert lib.cudaMalloc(byref(c_void_p()), c_size_t(4)) == FAILED
+    assert lib.cudaFree(p) == FAILED
+    lib.cuda_emulation_reset()
+    assert lib.cudaFree(p) == BAD_VALUE == lib.cudaGetLastError()  # gone with its context
+    x = cuda.array(np.zeros(32, np.float32))
     lib.cuda_emulation_fail_call(c_uint64(1), NO_MEMORY)
     assert lib.cublasCreate_v2(byref(p)) == 3
     lib.cuda_emulation_fail_work(c_uint64(2), ILLEGAL)
@@ -591,8 +596,15 @@ def test_injected_failures(cuda: Device) -> None:
     assert lib.cudaDeviceSynchronize() == ILLEGAL
     assert lib.cudaMalloc(byref(p), c_size_t(4)) == ILLEGAL
     assert lib.cudaGetLastError() == lib.cudaGetLastError() == ILLEGAL
+    s, e = c_void_p(1), c_void_p(1)
+    assert lib.cudaStreamCreate(byref(s)) == lib.cudaEventCreate(byref(e)) == lib.cudaFree(x) == ILLEGAL
+    lib.cuda_emulation_devices(2)  # the other one has a context of its own
+    assert lib.cudaSetDevice(1) == 0
+    assert lib.cudaMalloc(byref(p), c_size_t(4)) == 0
+    assert lib.cudaSetDevice(0) == ILLEGAL
     lib.cuda_emulation_reset()
-    assert cuda.read(x, 32, np.float32)[0] == 1
+    assert lib.cudaSetDevice(0) == 0
+    assert lib.cudaFree(x) == BAD_VALUE
 
 
 # ---- streams and graphs ----------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ typedef struct rast_ctx rast_ctx;     /* an open device */
 typedef struct rast_queue rast_queue; /* ops in order; several queues may overlap where the device can */
 
 typedef enum {
-    RAST_MEM_DATA = 0, /* activations, descriptors: zeroed */
-    RAST_MEM_LAZY = 1, /* KV storage: reserved at once, backed as it is touched where the device can */
+    RAST_MEM_DATA = 0,  /* activations, descriptors: zeroed */
+    RAST_MEM_LAZY = 1,  /* tables: reserved at once, backed as it is touched where the device can */
+    RAST_MEM_CACHE = 2, /* KV storage: likewise */
 } rast_mem_kind;
 
 typedef enum { RAST_COPY_TO_DEVICE = 0, RAST_COPY_TO_HOST = 1, RAST_COPY_ON_DEVICE = 2 } rast_copy_kind;
@@ -127,20 +128,27 @@ typedef struct {                              /* the transfer step: heads + sum 
 
 typedef enum { RAST_OF_ROWS = 0, RAST_OF_OUTS = 2 } rast_extent; /* index into pass->count; capacity goes with it */
 
+typedef struct {        /* bytes; of an estimate */
+    size_t total, free; /* the device's; total 0: it is the process's own memory */
+    size_t kept;        /* of those free: left alone, for what the device takes unasked (code of kernels, graphs) */
+    size_t weights, cache, work; /* allocated from this context, where it counts them */
+} rast_memory;
+static inline size_t rast_memory_left(const rast_memory *m) { return m->free > m->kept ? m->free - m->kept : 0; }
+
 typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return the first error */
     const char *name;
     int32_t replays;        /* 1: begin() keeps graphs, so keys and padded outputs are worth while */
     int32_t overlaps;       /* 1: queues run beside each other */
     int32_t asynchronous;   /* 1: submit returns before the work has run */
     int32_t copies_weights; /* 1: bind() copies, so that weights take device memory */
-    int32_t cache_percent;  /* of the free memory that the KV cache takes if nobody says how much */
+    int32_t cache_percent;  /* of the memory left that the KV cache takes if nobody says how much */
     int (*open)(const rast_device *, rast_ctx **, rast_error *);
     void (*close)(rast_ctx *);
     const char *(*isa)(const rast_ctx *);
     int32_t (*n_threads)(const rast_ctx *);
     int (*alloc)(rast_ctx *, size_t bytes, int kind, rast_dev *, rast_error *);
     void (*release)(rast_ctx *, rast_dev); /* 0 is allowed */
-    size_t (*free_memory)(rast_ctx *);     /* bytes that could be allocated now; an estimate */
+    int (*memory)(rast_ctx *, rast_memory *, rast_error *);
     /* Makes a tensor usable by ops; CPU: an alias of the tensor's own memory. act_type: of the activations that a matrix
      * will be multiplied with, which a device may turn the matrix into. unbind undoes it. */
     int (*bind)(rast_ctx *, const rast_tensor *, int32_t act_type, rast_weight *, rast_error *);
@@ -151,6 +159,9 @@ typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return th
     /* Starts recording; 1: a graph for the key exists, record nothing. Key 0: no graph. */
     int (*begin)(rast_queue *, uint64_t graph_key);
     int (*submit)(rast_queue *, rast_event *, rast_error *); /* RAST_ERR_MEMORY if recording ran out of memory */
+    /* In place of submit: runs nothing, but makes ready all buffers that what was recorded needs, or the same ops with fewer
+     * rows, segments, outputs or terms, or shorter contexts. NULL: the device has no such buffers. */
+    int (*reserve)(rast_queue *, rast_error *);
     /* Copies to the host have arrived when it returns, and perhaps earlier. To be called once for every submission. */
     int (*wait)(rast_ctx *, rast_event, rast_error *);
     void (*depend)(rast_queue *, rast_event); /* the submission runs after the event; not a part of its graph */
@@ -189,7 +200,7 @@ static inline size_t rast_kv_bytes(int32_t n_kv_heads, int32_t head_dim, int32_t
 extern const rast_ops rast_cpu_ops;
 
 /* A backend in a shared object of its own exports one of these as `rast_backend_plugin`. */
-enum { RAST_PLUGIN_ABI = 2 }; /* changes with anything in this file or rast.h that a backend sees */
+enum { RAST_PLUGIN_ABI = 3 }; /* changes with anything in this file or rast.h that a backend sees */
 typedef struct {
     uint32_t abi;
     size_t ops_bytes; /* sizeof(rast_ops) */

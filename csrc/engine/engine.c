@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,13 +16,42 @@ static size_t block_bytes(const rast_model *m) {
     return bytes;
 }
 
+/* Of a device with memory of its own: what requests may ask for beyond the workspace, a step's worth of each. */
+static size_t bytes_on_demand(const rast_engine *e) {
+    const size_t n_seqs = (size_t)e->max_seqs, row = (size_t)e->model->n_vocab * sizeof(float);
+    size_t drafts = rast_draft_rows(e);
+    if (drafts > n_seqs * RAST_PACE_MOST) drafts = n_seqs * RAST_PACE_MOST;
+    /* logits; those kept from drafting; histories and masks */
+    return n_seqs * row + drafts * row + 2 * n_seqs * (size_t)e->words * sizeof(uint32_t);
+}
+
+/* "": the memory is the process's own. */
+static void describe_memory(const rast_memory *memory, size_t on_demand, char *out, size_t size) {
+    const double mib = 1 << 20;
+    *out = 0;
+    if (memory->total)
+        snprintf(
+            out, size,
+            "; of the device's %.1f MiB %.1f are free beside %.1f MiB of weights and %.1f MiB of a step's "
+            "workspace, %.1f of these are left for what CUDA loads and keeps, and %.1f for what requests may ask for",
+            (double)memory->total / mib, (double)memory->free / mib, (double)memory->weights / mib,
+            (double)memory->work / mib, (double)memory->kept / mib, (double)on_demand / mib);
+}
+
 /* Blocks that the budget pays for, but no more than max_seqs samples of the longest context could use. Memory is only reserved
  * here, so what is not there would be missed in the middle of a run. */
 static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
     rast_model *m = e->model;
     const size_t one = block_bytes(m);
-    const size_t left = m->ops->free_memory(m->ctx);
-    size_t context = 0, most;
+    rast_memory memory;
+    int status = m->ops->memory(m->ctx, &memory, err);
+    if (status) return status;
+    char plan[360];
+    size_t left = rast_memory_left(&memory), context = 0, most;
+    e->on_demand = memory.total ? bytes_on_demand(e) : 0;
+    e->kept = memory.kept;
+    describe_memory(&memory, e->on_demand, plan, sizeof plan);
+    left -= left < e->on_demand ? left : e->on_demand;
     if (!budget) budget = left / 100 * (size_t)m->ops->cache_percent;
     for (int32_t i = 0; i < m->n_nets; i++)
         if ((size_t)m->nets[i].config.max_context > context) context = (size_t)m->nets[i].config.max_context;
@@ -30,15 +60,15 @@ static int make_cache(rast_engine *e, size_t budget, rast_error *err) {
     if (n > MAX_BLOCKS) n = MAX_BLOCKS;
     if (!n)
         return rast_fail(err, RAST_ERR_MEMORY,
-                         "the KV cache budget of %zu bytes is too small: %d tokens of all models take %zu", budget,
-                         RAST_BLOCK_TOKENS, one);
+                         "the KV cache budget of %zu bytes is too small: %d tokens of all models take %zu%s", budget,
+                         RAST_BLOCK_TOKENS, one, plan);
     if (n > left / one)
         return rast_fail(err, RAST_ERR_MEMORY,
-                         "a KV cache for %zu tokens takes %zu bytes, and %zu are free: there is room for %zu tokens",
-                         n * RAST_BLOCK_TOKENS, n * one, left, left / one * RAST_BLOCK_TOKENS);
-    int status = rast_blocks_init(&e->blocks, n, (size_t)m->n_nets, err);
+                         "a KV cache for %zu tokens takes %zu bytes, and %zu are free: there is room for %zu tokens%s",
+                         n * RAST_BLOCK_TOKENS, n * one, left, left / one * RAST_BLOCK_TOKENS, plan);
+    status = rast_blocks_init(&e->blocks, n, (size_t)m->n_nets, err);
     for (int32_t i = 0; i < m->n_nets && status == RAST_OK; i++)
-        status = m->ops->alloc(m->ctx, n * rast_kv_block_bytes(&m->nets[i]), RAST_MEM_LAZY, &e->kv[i], err);
+        status = m->ops->alloc(m->ctx, n * rast_kv_block_bytes(&m->nets[i]), RAST_MEM_CACHE, &e->kv[i], err);
     e->kv_bytes = n * one;
     return status;
 }
@@ -101,6 +131,7 @@ int rast_engine_new(rast_model *m, const rast_budget *budget, rast_engine **out,
         status = rast_workspace_new(m, &m->classes[c], e->max_rows, e->cap_out, &e->work[c], err);
     if (status == RAST_OK) status = m->ops->alloc(m->ctx, n_seqs * sizeof(int32_t), RAST_MEM_DATA, &e->drawn, err);
     if (status == RAST_OK) status = m->ops->alloc(m->ctx, n_out * sizeof(rast_drawn), RAST_MEM_DATA, &e->out, err);
+    if (status == RAST_OK) status = rast_reserve_step(e, err);
     if (status == RAST_OK) status = make_cache(e, budget->kv_bytes, err);
     if (status) goto fail;
     *out = e;
@@ -214,6 +245,8 @@ void rast_engine_set_drafter(rast_engine *e, rast_drafter drafter, void *user) {
 }
 
 void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
+    rast_memory memory;
+    if (e->model->ops->memory(e->model->ctx, &memory, NULL) || !memory.total) memory = (rast_memory){0};
     *out = (rast_engine_info){.max_rows = e->max_rows,
                               .max_seqs = e->max_seqs,
                               .n_blocks = e->blocks.n,
@@ -231,5 +264,10 @@ void rast_engine_get_info(const rast_engine *e, rast_engine_info *out) {
                               .draft_seconds = e->seconds[1],
                               .reused = e->n_reused,
                               .preempted = e->n_preempted,
-                              .evicted = e->blocks.n_evicted};
+                              .evicted = e->blocks.n_evicted,
+                              .device_bytes = memory.total,
+                              .device_free = memory.free,
+                              .device_weights = memory.weights,
+                              .device_work = memory.work,
+                              .device_kept = e->kept + e->on_demand};
 }

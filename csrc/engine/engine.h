@@ -274,6 +274,8 @@ struct rast_engine {
     rast_blocks blocks;
     rast_dev *kv; /* [n_nets] */
     size_t kv_bytes;
+    size_t kept,
+        on_demand;        /* bytes that the device was left with when the cache was made, for itself and for requests */
     rast_workspace *work; /* [n_classes] */
     rast_view_entry *views;
     size_t n_views, cap_views;
@@ -361,6 +363,8 @@ int rast_plan_step(rast_engine *e, rast_error *err);
 int rast_save_drafts(rast_engine *e, size_t n, rast_error *err);
 /* Records what the plan says and submits it, as the step behind all that are on their way. */
 int rast_submit_plan(rast_engine *e, rast_flight *f, rast_error *err);
+/* Makes ready what the largest step needs on the device, so that what is left can become KV cache. */
+int rast_reserve_step(rast_engine *e, rast_error *err);
 /* Waits for the flight; results, rows and so on are on the host afterwards. */
 int rast_wait_flight(rast_engine *e, rast_flight *f, rast_error *err);
 /* Waits for the flight, whose results and errors nobody wants. */

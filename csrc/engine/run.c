@@ -372,6 +372,53 @@ static int submit_all(rast_engine *e, rast_flight *f, rast_error *err) {
     return status;
 }
 
+int rast_reserve_step(rast_engine *e, rast_error *err) {
+    const rast_model *m = e->model;
+    const rast_ops *ops = m->ops;
+    int status = RAST_OK;
+    if (!ops->reserve) return RAST_OK;
+    for (int32_t c = 0; c < m->n_classes && status == RAST_OK; c++) {
+        const rast_class *cls = &m->classes[c];
+        rast_queue *q = e->queues[queue_of(e, cls->first_net)];
+        const rast_dev nowhere[RAST_MAX_NETS] = {0};
+        int32_t nets[RAST_MAX_NETS], n = 0, context = 1;
+        rast_view *view;
+        while (context < cls->max_context && context <= INT32_MAX / 2) context *= 2; /* as passes are padded */
+        for (int32_t i = 0; i < m->n_nets; i++)
+            if (m->nets[i].cls == c) nets[n++] = i;
+        status = rast_view_new(e->model, nets, n, nowhere, &view, err);
+        if (status) return status;
+        const rast_pass pass = {.n_models = n,
+                                .cap_rows = e->max_rows,
+                                .cap_segs = e->max_seqs,
+                                .cap_out = e->cap_out,
+                                .cap_ctx = context,
+                                .act_type = m->nets[nets[0]].dtype};
+        ops->begin(q, 0);
+        rast_forward(view, q, &pass, &e->work[c], e->work[c].last, e->work[c].hidden);
+        status = ops->reserve(q, err);
+        rast_view_free(view);
+    }
+    if (status) return status;
+    for (int32_t i = 0; i < m->n_nets; i++) {
+        const rast_net_state *net = &m->nets[i];
+        e->terms[i] = (rast_term){.hidden = e->work[net->cls].hidden,
+                                  .head = &net->weights[W_HEAD],
+                                  .hidden_type = net->dtype,
+                                  .n_rows = net->config.vocab_size,
+                                  .uncommon = net->uncommon,
+                                  .n_uncommon = net->n_uncommon};
+    }
+    ops->begin(e->queues[0], 0);
+    ops->combine(e->queues[0], &(rast_logits){.n_terms = m->n_nets,
+                                              .n_out = e->cap_out,
+                                              .n_vocab = m->n_vocab,
+                                              .n_valid = m->n_valid,
+                                              .terms = e->terms,
+                                              .history_words = e->words});
+    return ops->reserve(e->queues[0], err);
+}
+
 static int wait_all(rast_engine *e, rast_flight *f, rast_error *err) {
     int status = RAST_OK;
     while (f->n_events) {

@@ -219,8 +219,8 @@ static int will_repeat(const rast_engine *e, const rast_sample *s) {
     return rast_may_run_ahead(job) && (!job->n_draft || e->n_ahead < ASK_AGAIN);
 }
 
-/* Submits the step after the one on its way, if that is like it and nobody else can join; 1: it did. What cannot be done now,
- * for want of memory too, the next call does. */
+/* Submits the step after the one on its way, if that is like it and nobody else can join; 1: it did; -1: not, or not all of it.
+ * What cannot be done now, for want of memory too, the next call does. */
 static int run_ahead(rast_engine *e) {
     const rast_flight *now = &e->flights[e->turn];
     rast_flight *f = rast_other_flight(e, now);
@@ -247,7 +247,7 @@ static int run_ahead(rast_engine *e) {
         move_sample(e, e->running[i], -1);
         move_rows(e, e->running[i], -1); /* and so again the rows of the step on its way */
     }
-    return status == RAST_OK;
+    return status == RAST_OK ? 1 : -1;
 }
 
 /* ---- the public step ----------------------------------------------------------------------------------------------- */
@@ -311,11 +311,12 @@ int rast_engine_step(rast_engine *e, const rast_chunk **chunks, size_t *n, rast_
             continue;
         }
         e->running[kept++] = s;
-        if (ahead) move_rows(e, s, 1);
+        if (ahead > 0) move_rows(e, s, 1);
+        if (ahead < 0) s->fresh = 0; /* a part of that step may have run, and drawn over it */
     }
     e->n_running = kept;
     if (!kept) e->pace.since = 0;
-    if (ahead) e->turn ^= 1, e->n_ahead++;
+    if (ahead > 0) e->turn ^= 1, e->n_ahead++;
     *chunks = e->chunks;
     *n = e->n_chunks;
     e->failed = 0;

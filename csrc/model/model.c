@@ -192,7 +192,10 @@ static int check_memory(rast_model *m, rast_error *err) {
     size_t need = 0;
     if (!m->ops->copies_weights) return RAST_OK;
     for (int32_t i = 0; i < m->n_nets; i++) need += rast_net_device_bytes(&m->nets[i]);
-    const size_t have = m->ops->free_memory(m->ctx);
+    rast_memory memory;
+    int status = m->ops->memory(m->ctx, &memory, err);
+    if (status) return status;
+    const size_t have = rast_memory_left(&memory);
     if (need <= have) return RAST_OK;
     return rast_fail(err, RAST_ERR_MEMORY,
                      "the weights of all models take %.1f MiB on the device, where %.1f MiB are free; KV cache and "

@@ -398,6 +398,11 @@ static PyObject *engine_info(PyObject *object, PyObject *unused) {
                    {"draft_ns", (unsigned long long)(info.draft_seconds * 1e9)},
                    {"preempted", info.preempted},
                    {"evicted", info.evicted},
+                   {"device_bytes", info.device_bytes},
+                   {"device_free", info.device_free},
+                   {"device_weights", info.device_weights},
+                   {"device_work", info.device_work},
+                   {"device_kept", info.device_kept},
                    {"max_rows", (unsigned long long)info.max_rows},
                    {"max_seqs", (unsigned long long)info.max_seqs}};
     PyObject *dict = PyDict_New();

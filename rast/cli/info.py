@@ -10,6 +10,18 @@ import typer
 
 from rast.cli import common
 
+# What of RastForCausalLM.cache_info() says where a device's memory goes.
+_MEMORY = (
+    "device_bytes",
+    "device_free",
+    "device_weights",
+    "device_work",
+    "device_kept",
+    "kv_bytes",
+    "n_blocks",
+    "block_tokens",
+)
+
 
 @common.loads_models()
 def info(
@@ -23,6 +35,9 @@ def info(
         warnings.simplefilter("ignore", UserWarning)  # they are part of the output
         model = load()
     facts = model.info()
+    if facts["device"] != "cpu":
+        plan = model.cache_info()
+        facts["memory"] = {name: plan[name] for name in _MEMORY}
     if check:
         facts["not_finite"] = _check([net["path"] for net in facts["nets"]])
     typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else _as_text(facts))
@@ -71,6 +86,13 @@ def _as_text(facts: dict[str, Any]) -> str:
     lines.append(f"device: {facts['device']}, {facts['isa']}{threads}")
     if facts["device_reason"]:
         lines.append(f"not on CUDA: {facts['device_reason']}")
+    if memory := facts.get("memory"):
+        lines.append(
+            f"device memory: {_size(memory['device_bytes'])}: weights {_size(memory['device_weights'])}, workspace "
+            f"{_size(memory['device_work'])}, KV cache {_size(memory['kv_bytes'])} "
+            f"({memory['n_blocks'] * memory['block_tokens']:,} tokens); {_size(memory['device_free'])} are free, "
+            f"{_size(memory['device_kept'])} of them for CUDA itself and what requests ask for"
+        )
     lines += [f"warning: {text}" for text in facts["warnings"]]
     if "not_finite" in facts:
         lines += [

@@ -256,9 +256,10 @@ static void test_many_sets_of_nets(const weights w[N_NETS]) {
     rast_model_free(m);
 }
 
-static size_t little_memory(rast_ctx *ctx) {
-    (void)ctx;
-    return 100000;
+static int little_memory(rast_ctx *ctx, rast_memory *out, rast_error *err) {
+    (void)ctx, (void)err;
+    *out = (rast_memory){.free = 100000};
+    return RAST_OK;
 }
 
 /* A budget that the machine cannot pay for, or that pays for nothing, is refused with what would do. */
@@ -269,7 +270,7 @@ static void test_budgets(rast_model *m) {
     rast_engine *e;
     rast_error err;
     char room[64];
-    ops.free_memory = little_memory;
+    ops.memory = little_memory;
     m->ops = &ops;
     for (size_t n = most - 1; n <= most + 1; n++) {
         const rast_budget budget = {.kv_bytes = n * block};

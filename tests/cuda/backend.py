@@ -66,6 +66,8 @@ class Emulation:
         self.lib.cuda_emulation_driver(13000)
         self.lib.cuda_emulation_devices(1)
         self.lib.cuda_emulation_capability(90)
+        self.lib.cuda_emulation_images(80)
+        self.lib.cuda_emulation_vague_blas(0)
         self.lib.cuda_emulation_memory(4 << 30)
         self.lib.cuda_emulation_seed(0)
         self.lib.cuda_emulation_reset()

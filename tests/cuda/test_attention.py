@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from device import BF16, BLOCK, F16, F32, FULL, Array, Device, Memory, Pass, RastKV, decode, encode, storage
+from device import BF16, BLOCK, F16, F32, FULL, Array, Device, Memory, Pass, RastKV, RastPass, decode, encode, storage
 from test_ops import key_order
 
 Segments = Sequence[tuple[int, int]]
@@ -163,6 +163,34 @@ def test_chunks_grow_with_the_capacity(device: Device, memory: Memory) -> None:
     """Room for partial results is bounded: a context of up to 64 Ki keys has 64 chunks of 1024."""
     Scene(memory, [(2100, 2), (40, 1)], BF16, 64, 2, 1, cap_ctx=65536).check(device)
     Scene(memory, [(2100, 2), (40, 1)], BF16, 64, 2, 1, cap_ctx=65536).check(device, window=1030)
+
+
+def test_room_of_many_rows_is_bounded(device: Device, memory: Memory) -> None:
+    """512 rows of 16 heads of 256 would have 16 chunks of 256 keys: they get 4 of 1024, which fit 64 MiB."""
+    scene = Scene(memory, [(2100, 2), (40, 1)], BF16, 256, 16, 8, cap_ctx=4096, padding=(509, 62, 2))
+    assert 30 << 20 < device.scratch("attention", scene.p.c, RastKV(n_heads=16, head_dim=256)) <= 64 << 20
+    scene.check(device)
+
+
+def test_most_room_of_smaller_passes(device: Device) -> None:
+    """What is made ready at load is enough for every pass, and not much more."""
+    at_most = device.library.rast_kernel_attention_scratch_at_most
+    at_most.restype = ctypes.c_size_t
+    rng, nearest = np.random.default_rng(6), 0.0
+    for _ in range(3000):
+        kv = RastKV(n_heads=int(rng.integers(1, 65)), head_dim=int(rng.choice([16, 64, 128, 256])))
+        large = [int(2 ** rng.uniform(0, top)) for top in (2, 10, 7, 18)]
+        small = [int(rng.integers(1, n + 1)) for n in large]
+        most, wanted = (
+            function(ctypes.byref(RastPass(n_models=m, cap_rows=r, cap_segs=s, cap_ctx=c)), ctypes.byref(kv))
+            for function, (m, r, s, c) in (
+                (at_most, large),
+                (device.library.rast_kernel_attention_scratch, small),
+            )
+        )
+        assert wanted <= most <= 64 << 20
+        nearest = max(nearest, wanted / most if most else 0)
+    assert nearest > 0.9
 
 
 @kinds

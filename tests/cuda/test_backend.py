@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rast import _core, devices
 
 needs_emulation = pytest.mark.skipif(not EMULATED, reason="a real device does not fail on demand")
 
-OUT_OF_MEMORY, LAUNCH_FAILURE, ILLEGAL_ADDRESS = 2, 719, 700  # of cudaError
+OUT_OF_MEMORY, NOT_SUPPORTED, LAUNCH_FAILURE, ILLEGAL_ADDRESS = 2, 801, 719, 700  # of cudaError
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,40 @@ def test_machine_without_a_usable_device(
     info = load_rast(folders[0], device="auto").info()
     assert info["device"] == "cpu"
     assert re.search(message, info["device_reason"])
+
+
+@needs_emulation
+def test_device_that_nothing_was_compiled_for(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
+    emulation.lib.cuda_emulation_images(90)
+    emulation.lib.cuda_emulation_capability(86)
+    with pytest.raises(RuntimeError, match=r"no kernels for compute capability 8\.6"):
+        load_rast(folders[0], device="cuda")
+    assert "no kernels" in load_rast(folders[0], device="auto").info()["device_reason"]
+    emulation.lib.cuda_emulation_capability(90)
+    load_rast(folders[0], device="cuda")
+
+
+@needs_emulation
+def test_other_devices_are_left_alone(folders: tuple[Path, Path, Path]) -> None:
+    """A context takes hundreds of MiB: none is made on the thread's device of before, unless it has one."""
+    code = f"""
+import ctypes, os
+from pathlib import Path
+import numpy as np, rast
+emulation = ctypes.CDLL(str(Path(os.environ["RAST_CUDA_PLUGIN"]).with_name("libcuda_emulated.so")))
+device = ctypes.c_int(-1)
+def use():
+    model = rast.RastForCausalLM.from_pretrained({str(folders[0])!r}, device="cuda:1", dtype="float32")
+    model.generate(np.arange(5), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    print(model.info()["device"], emulation.cuda_emulation_contexts())
+use()
+assert emulation.cudaSetDevice(0) == 0
+use()
+assert emulation.cudaGetDevice(ctypes.byref(device)) == 0
+print(device.value)
+"""
+    out = run_python(code, CUDA_EMULATION_DEVICES="2")
+    assert out.split() == ["cuda:1", "2", "cuda:1", "3", "0"]
 
 
 @needs_emulation
@@ -169,7 +204,14 @@ def test_too_little_memory_at_load(emulation: Emulation, folders: tuple[Path, Pa
     with pytest.raises(
         MemoryError, match=r"KV cache for \d+ tokens takes \d+ bytes, and \d+ are free: there is room for"
     ):
-        load_with(emulation, folders, 24 << 20, kv_cache_tokens=1 << 20)
+        load_with(emulation, folders, 180 << 20, kv_cache_tokens=1 << 20, max_context=65536)
+    plan = (
+        r"of the device's 180\.0 MiB [\d.]+ are free beside [\d.]+ MiB of weights and [\d.]+ MiB of a step's workspace"
+    )
+    with pytest.raises(MemoryError, match=plan):
+        load_with(emulation, folders, 180 << 20, kv_cache_tokens=1 << 20, max_context=65536)
+    with pytest.raises(MemoryError, match=r"no memory for 32\.0 MiB of the workspace: .* holds [\d.]+ MiB of weights"):
+        load_with(emulation, folders, 24 << 20)
     assert emulation.alive().left() == {}
 
 
@@ -195,16 +237,46 @@ def test_too_little_memory_in_use(emulation: Emulation, folders: tuple[Path, Pat
 
 @needs_emulation
 def test_cache_takes_what_is_left(emulation: Emulation, folders: tuple[Path, Path, Path]) -> None:
-    model = load_with(emulation, folders, 512 << 20, max_context=65536)
+    """The plan adds up to the device's memory, and holds: the largest steps find all their buffers there."""
+    memory = 768 << 20
+    model = load_with(emulation, folders, memory, max_context=65536, max_batch_size=16)
     info = model.cache_info()
-    assert 0.4 * (512 << 20) < info["kv_bytes"] <= 0.9 * (512 << 20)
-    generate(model)
+    assert info["device_bytes"] == memory
+    assert info["device_weights"] + info["device_work"] + info["kv_bytes"] + info["device_free"] == memory
+    assert info["device_weights"] == sum(net["device_bytes"] for net in model._core_model.net_info())
+    one_block = info["kv_bytes"] // info["n_blocks"]
+    assert 0 <= info["device_free"] - info["device_kept"] < one_block + info["kv_bytes"] // 50
+    assert 256 << 20 < info["device_kept"] < 300 << 20
+    prompts = random_prompts(8, 300, seed=4, low=30, high=60)
+    options: dict[str, Any] = dict(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
+    model.generate(prompts, num_assistant_tokens=0, **options)
+    model.generate(prompts, num_assistant_tokens=4, do_sample=False, **options)
+    model.generate([np.arange(600) % 290], num_assistant_tokens=0, **options)
+    model.generate(prompts, transfer_strength=[[0], [1]] * 4, num_assistant_tokens=0, do_sample=False, **options)
+    grown = model.cache_info()["device_work"] - info["device_work"]
+    assert grown < 1 << 20, grown  # descriptors of a step, rows of drafts
     del model
     total = sum(net["device_bytes"] for net in load_rast(*folders, device="cuda")._core_model.net_info())
     model = load_rast(*folders, device="cuda", max_memory=total + (4 << 20))
     assert 3 << 20 < model.cache_info()["kv_bytes"] <= 4 << 20
     with pytest.raises(ValueError, match="max_memory"):
         load_rast(*folders, device="cuda", max_memory=total)
+
+
+@needs_emulation
+def test_info_shows_the_plan(folders: tuple[Path, Path, Path]) -> None:
+    from typer.testing import CliRunner
+
+    from rast.cli.commands import app
+
+    arguments = ["info", str(folders[0]), "--device", "cuda"]
+    result = CliRunner().invoke(app, arguments)
+    assert re.search(r"device memory: 4\.0 GiB: weights .* workspace .* KV cache .*\([\d,]+ tokens\)", result.output), (
+        result
+    )
+    memory = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["memory"]
+    parts = ("device_weights", "device_work", "kv_bytes", "device_free")
+    assert sum(memory[name] for name in parts) == memory["device_bytes"] == 4 << 30
 
 
 # ---- errors of the device --------------------------------------------------------------------------------------------
@@ -228,9 +300,10 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
     # all of some stretches: opening, the first weights, the end of loading and the first steps
     sweep = range(1, n_calls + 1) if FULL else [*range(1, 40, 5), *range(at_load - 6, n_calls + 1, n_calls // 25)]
     failed = 0
+    kinds: set[tuple[bool, bool]] = set()  # memory was missing; and that was said
     lost: dict[str, int] = {}
-    for n in sweep:
-        for error in (OUT_OF_MEMORY, LAUNCH_FAILURE):
+    for i, n in enumerate(sweep):
+        for error in (OUT_OF_MEMORY, (NOT_SUPPORTED, LAUNCH_FAILURE)[i % 2]):
             emulation.lib.cuda_emulation_fail_call(n, error)
             model, told = None, False
             try:
@@ -240,6 +313,7 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
             except (RuntimeError, MemoryError) as exception:
                 failed += 1
                 told = True
+                kinds.add((error == OUT_OF_MEMORY, isinstance(exception, MemoryError)))
                 emulation.lib.cuda_emulation_fail_call(0, 0)
                 if model is not None and isinstance(exception, MemoryError):
                     np.testing.assert_array_equal(generate(model).sequences, want)
@@ -248,6 +322,13 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
                         generate(model)
             emulation.lib.cuda_emulation_fail_call(0, 0)
             del model
+            if error == LAUNCH_FAILURE:  # corrupts the context: nothing works in this process any more
+                with pytest.raises(RuntimeError, match="start a new one"):
+                    load_rast(folders[0], device="cuda")
+                emulation.lib.cuda_emulation_reset()
+                assert emulation.alive().left() == {}
+                lost = {}
+                continue
             left = emulation.alive().left()
             if told:
                 assert left == lost, (n, error)
@@ -256,6 +337,7 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
                 lost = left
             emulation.lib.cuda_emulation_reset()
     assert failed > len(sweep)
+    assert kinds == {(True, True), (False, False)}
 
 
 @needs_emulation
@@ -263,18 +345,50 @@ def test_every_call_may_fail(emulation: Emulation, folders: tuple[Path, Path, Pa
 def test_error_in_the_middle_of_a_step(
     emulation: Emulation, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """Work fails as it runs, as after an illegal access: the model says so, refuses and lets go; the process lives.
-    The later ones fail in steps that run behind another one."""
+    """Work fails as it runs, as after an illegal access: the model says so, refuses and lets go; the process lives, but
+    can use the device no more. The later ones fail in steps that run behind another one."""
     monkeypatch.setenv("RAST_CUDA_GRAPHS", "0")
     model = load_rast(*folders, device="cuda", kv_cache_tokens=256)
     emulation.lib.cuda_emulation_fail_work(n, ILLEGAL_ADDRESS)
-    with pytest.raises(RuntimeError, match="cuda:0 failed while"):
+    emulation.lib.cuda_emulation_devices(2)
+    with pytest.raises(RuntimeError, match="cuda:0 failed while.*start a new one"):
         generate(model, num_assistant_tokens=0, eos_token_id=None, max_new_tokens=12)
-    with pytest.raises(RuntimeError, match="not used any more"):
+    with pytest.raises(RuntimeError, match="not used any more.*start a new one"):
         generate(model)
     del model
-    emulation.defaults()
+    with pytest.raises(RuntimeError, match="cannot be used: an illegal memory access.*start a new one"):
+        load_rast(folders[0], device="cuda:0")
+    assert "start a new one" in load_rast(folders[0], device="auto").info()["device_reason"]
+    generate(load_rast(*folders, device="cuda:1", kv_cache_tokens=256))  # another device has its own context
+    emulation.defaults()  # a new process
+    assert emulation.alive().left() == {}
     generate(load_rast(*folders, device="cuda", kv_cache_tokens=256))
+
+
+@needs_emulation
+@pytest.mark.parametrize("vague", [0, 1])
+def test_no_memory_for_what_cuda_loads_late(emulation: Emulation, folders: tuple[Path, Path, Path], vague: int) -> None:
+    """Kernels are loaded when first launched, cuBLAS's too, and graphs take memory at their first launch: whatever call
+    of a step finds none, it is out of memory, or done without, and the model goes on."""
+    options: dict[str, Any] = dict(num_assistant_tokens=0, eos_token_id=None, max_new_tokens=4)
+    model = load_with(emulation, folders, 4 << 30, kv_cache_tokens=256)
+    before = emulation.lib.cuda_emulation_calls()
+    want = generate(model, **options).sequences
+    n_calls = emulation.lib.cuda_emulation_calls() - before
+    emulation.lib.cuda_emulation_vague_blas(vague)
+    told = []
+    for n in range(1, n_calls + 1, 1 if FULL else 19):
+        model = load_with(emulation, folders, 4 << 30, kv_cache_tokens=256)
+        emulation.lib.cuda_emulation_memory(emulation.alive().device_bytes + (40 << 20))
+        emulation.lib.cuda_emulation_fail_call(n, OUT_OF_MEMORY)
+        try:
+            np.testing.assert_array_equal(generate(model, **options).sequences, want)
+        except MemoryError as error:
+            told.append(str(error))
+        emulation.lib.cuda_emulation_fail_call(0, 0)
+        np.testing.assert_array_equal(generate(model, **options).sequences, want)
+    assert len(told) > 6
+    assert all(re.search(r"no memory (while|for) .*MiB are free|page-locked", text) for text in told), told
 
 
 # ---- a step ahead ----------------------------------------------------------------------------------------------------

@@ -45,8 +45,6 @@ KERNELS = {  # of an op of the model
     "attention": "short_kernel",
     "merge": "merge_kernel",
     "prefill": "long_kernel",
-    "transfer": "transfer_sweep",
-    "finish": "transfer_finish",
     "product": "cublasGemm",
 }
 
@@ -244,7 +242,7 @@ def other_cases() -> Iterator[Case]:
     yield [COSTS.saved(2, 4000)], saved
     for outs, vocab, terms in ((1, 32000, 3), (3, 9000, 2)):
         yield (
-            list(COSTS.transfer(outs, vocab, terms)),
+            [COSTS.transfer(outs, vocab, terms)],
             lambda device, memory, shape=(outs, vocab, terms): draw_greedily(device, memory, *shape),
         )
 
@@ -264,7 +262,7 @@ def count_all() -> list[dict[str, Any]]:
             call(device, memory)
             for launch in launches:
                 counts = counted(device.library, launch.op)
-                alone = launch.op in ("convert", "saved", "transfer", "finish")
+                alone = launch.op in ("convert", "saved", "transfer")
                 model = launch if alone else launch.batched(MODELS)
                 found.append(
                     dict(
@@ -333,7 +331,7 @@ def test_launches_of_a_decode_step(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatc
     def launches(prompts: list[Array], n: int) -> dict[str, int]:
         library.cuda_emulation_counters_clear()
         model.generate(prompts, max_new_tokens=n, do_sample=False, num_assistant_tokens=0, pad_token_id=0)
-        ops = [*KERNELS, "embed", "norm", "bias", "rope_kv", "glu", "gather"]
+        ops = [*KERNELS, "transfer", "embed", "norm", "bias", "rope_kv", "glu", "gather"]
         return {op: counted(library, op).launches for op in ops}
 
     for lengths in ([5], [300, 7], [4] * 9):
@@ -341,6 +339,21 @@ def test_launches_of_a_decode_step(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatc
         two, three = (launches([(np.arange(k) + n) % 300 for k in lengths], n) for n in (2, 3))
         expected = Counter(launch.op.split(",")[0] for launch in COSTS.step(base, small, [n + 2 for n in lengths]))
         assert {op: three[op] - two[op] for op in three} == {op: expected[op] for op in three}, lengths
+
+
+def test_memory_plan(zoo: ModelZoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model takes on the device when it has been loaded, all but the allocations' alignment."""
+    monkeypatch.setenv("RAST_CUDA_PLUGIN", str(backend.library()))
+    backend.Emulation()
+    shape = dict(hidden_size=64, intermediate_size=104, num_attention_heads=4, num_key_value_heads=2, vocab_size=311)
+    folders = zoo.trio("qwen2", **shape)
+    layers = [json.loads((folder / "config.json").read_text())["num_hidden_layers"] for folder in folders]
+    base, small = (COSTS.Net("", n, 64, 4, 2, 104, 311, tied=False, head_dim=16) for n in layers[:2])
+    for context in (200, 5000):
+        info = load_rast(*folders, device="cuda", dtype="bfloat16", max_context=context).cache_info()
+        work = COSTS.workspace([base, small, small], 9, context)
+        assert info["device_work"] == pytest.approx(work, rel=1e-3)
+        assert info["device_kept"] == COSTS.KEPT_BYTES + COSTS.on_demand(311)
 
 
 def test_the_page_is_what_the_model_says() -> None:

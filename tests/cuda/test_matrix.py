@@ -16,6 +16,7 @@ import test_transfer_step as step
 from device import (
     BF16,
     BLOCK,
+    EMULATED,
     F16,
     F32,
     FULL,
@@ -29,6 +30,7 @@ from device import (
     RastKV,
     RastMM,
     decode,
+    emulated_library,
     encode,
     storage,
 )
@@ -223,6 +225,24 @@ def test_matmul(tables: list[Table], types: tuple[int, int], n: int, shape: tupl
                 size = abs(given[m]) @ abs(w).T + abs(b)
                 error = abs(got[m, :n] - (given[m] @ w.T + b))
                 assert np.all(error <= (8 + np.sqrt(n_in)) * 2.0**-24 * size), np.max(error / size)
+
+
+@pytest.mark.skipif(not EMULATED, reason="calls are counted by the emulation")
+@pytest.mark.parametrize(("out", "n_in", "calls"), [(64, 250, 2), (2049, 16384, 3)])
+def test_large_products_are_not_batched(tables: list[Table], out: int, n_in: int, calls: int) -> None:
+    """Two jobs of one shape, and a third of another: up to 64 MiB of weights the first two are one call."""
+    table, rng, outs = tables[-1], np.random.default_rng(3), [out, out, 8]
+    p = Pass(table, rng, [(0, 1)], 1, act_type=BF16)
+    x, jobs = table.to_device(np.ones((p.cap_rows, n_in), np.uint16)), (RastMM * 3)()
+    weights = {o: ctypes.addressof(table.weights([np.ones((o, n_in), np.float32)], BF16, BF16)) for o in outs}
+    for job, o in zip(jobs, outs, strict=True):
+        job.x, job.y, job.w = x, table.to_device(storage((1, p.cap_rows, o), F32)), weights[o]
+    emulation = ctypes.CDLL(str(emulated_library().with_name("libcuda_emulated.so")))
+    emulation.cuda_emulation_counters_clear()
+    table.run(lambda q: table.ops.matmul(q, ctypes.byref(p.c), jobs, 3))
+    counts = (ctypes.c_uint64 * 14)()
+    emulation.cuda_emulation_counters(b"cublasGemm", counts)
+    assert counts[0] == calls
 
 
 # ---- rope, cache and attention ---------------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ FILTERS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("seed", "n_vocab", "n_terms"), [(1, 129, 3), (2, 513, 2), (5, 1027, 3), (8, 31, 1), (9, 700, 5)]
+    ("seed", "n_vocab", "n_terms"), [(1, 129, 3), (2, 513, 2), (5, 1027, 3), (8, 31, 1), (9, 700, 5), (4, 4200, 2)]
 )
 def test_transfer(device: Device, seed: int, n_vocab: int, n_terms: int) -> None:
-    """All that an output can ask for, in one launch and in two."""
+    """All that an output can ask for, in one launch and in two; in one block, and where the last of two finishes."""
     scene = step.random_scene(seed, n_vocab, 4, n_terms)
     result = step.run(device, scene, step.ROWS | step.MEASURES)
     for o in range(scene.n_out):

@@ -204,8 +204,12 @@ def run(device: Device, scene: Scene, flags: int = 0, pieces: list[int] | None =
                     len(scene.uncommon[m]),
                 )
             size = device.library.rast_kernel_transfer_scratch(ctypes.byref(step), n)
-            scratch = memory.to_device(np.full(size, 0xFF, np.uint8))
+            room = np.full(size, 0xFF, np.uint8)
+            room[: 4 * 1024] = 0  # RAST_KERNEL_OUTPUTS counters
+            scratch = memory.to_device(room)
             device.library.rast_kernel_transfer(0, ctypes.byref(step), terms, at, n, scratch)
+            memory.to_host(scratch, room)
+            assert not room[: 4 * 1024].any()
             at += n
         device.check()
         for name, array in outputs.items():

@@ -111,7 +111,7 @@ static int cpu_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_
     (void)ctx;
     *out = 0;
     if (!rast_add(bytes, HEADER, &total)) return rast_fail(err, RAST_ERR_MEMORY, "%zu bytes are too many", bytes);
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (kind == RAST_MEM_LAZY ? MAP_NORESERVE : 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (kind != RAST_MEM_DATA ? MAP_NORESERVE : 0);
     uint8_t *memory = mmap(NULL, total, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED)
         return rast_fail(err, RAST_ERR_MEMORY, "cannot allocate %zu bytes: %s", bytes, strerror(errno));
@@ -129,16 +129,17 @@ static void cpu_release(rast_ctx *ctx, rast_dev memory) {
     munmap(start, total);
 }
 
-static size_t cpu_free_memory(rast_ctx *ctx) {
+static int cpu_memory(rast_ctx *ctx, rast_memory *out, rast_error *err) {
     size_t left = cpu_memory_left("");
     struct rlimit limit;
-    (void)ctx;
+    (void)ctx, (void)err;
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
         const size_t mapped = cpu_memory_mapped(""), most = (size_t)limit.rlim_cur;
         const size_t room = most > mapped ? most - mapped : 0;
         if (mapped != SIZE_MAX && left > room) left = room;
     }
-    return left == SIZE_MAX ? (size_t)1 << 30 : left;
+    *out = (rast_memory){.free = left == SIZE_MAX ? (size_t)1 << 30 : left};
+    return RAST_OK;
 }
 
 static int cpu_bind(rast_ctx *ctx, const rast_tensor *t, int32_t act_type, rast_weight *out, rast_error *err) {
@@ -317,7 +318,7 @@ const rast_ops rast_cpu_ops = {
     .n_threads = cpu_n_threads,
     .alloc = cpu_alloc,
     .release = cpu_release,
-    .free_memory = cpu_free_memory,
+    .memory = cpu_memory,
     .bind = cpu_bind,
     .unbind = cpu_unbind,
     .queue_new = cpu_queue_new,

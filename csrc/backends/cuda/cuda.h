@@ -38,6 +38,7 @@ struct rast_ctx {
     char isa[128];
     int broken;    /* an earlier call failed: */
     char why[400]; /* which */
+    int lost;      /* and CUDA gives that error ever again, so that nothing can be released either */
     cuda_allocation *allocations;
     size_t n_allocations, cap_allocations;
     size_t used[CUDA_N_USES]; /* bytes */
@@ -53,7 +54,8 @@ struct rast_ctx {
 int cuda_enter(rast_ctx *ctx, rast_error *err);
 /* The same for releasing: whether CUDA may be called at all. */
 int cuda_may_release(rast_ctx *ctx);
-/* RAST_OK for cudaSuccess; else the device counts as failed, and the message says what was being done. */
+/* RAST_OK for cudaSuccess; RAST_ERR_MEMORY where memory was missing, which leaves the device sound; else it counts as
+ * failed. The message says what was being done. */
 int cuda_check(rast_ctx *ctx, cudaError_t code, const char *doing, rast_error *err);
 int cuda_check_blas(rast_ctx *ctx, cublasStatus_t code, const char *doing, rast_error *err);
 /* Zeroed device memory; too little of it is RAST_ERR_MEMORY and leaves the device sound. */
@@ -195,6 +197,7 @@ int cuda_queue_new(rast_ctx *ctx, rast_queue **out, rast_error *err);
 void cuda_queue_free(rast_queue *q);
 int cuda_begin(rast_queue *q, uint64_t key);
 int cuda_submit(rast_queue *q, rast_event *event, rast_error *err);
+int cuda_reserve(rast_queue *q, rast_error *err); /* see rast_ops.reserve */
 int cuda_wait(rast_ctx *ctx, rast_event event, rast_error *err);
 void cuda_depend(rast_queue *q, rast_event event);
 /* The next op of the list, zeroed; NULL if there is no memory (submit will say so). */
@@ -209,6 +212,8 @@ typedef struct {
     int32_t products;                   /* 1: cuBLAS */
 } cuda_needs;
 cuda_needs cuda_op_needs(const cuda_op *op);
+/* The most that this op needs, or one like it with smaller capacities. */
+cuda_needs cuda_op_needs_at_most(const cuda_op *op);
 /* The pointers of the op's batched products; for each call weights, inputs, outputs. */
 void cuda_op_pointers(const rast_queue *q, const cuda_op *op, uint64_t *out);
 /* Uploads what the op's kernels read besides the caller's arrays. */
@@ -231,6 +236,10 @@ void cuda_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, siz
                       int32_t n);
 
 static inline size_t cuda_type_bytes(int32_t type) { return type == RAST_F32 ? 4 : 2; }
+/* An error that does not matter is not found behind the next launch. */
+static inline void cuda_ignore(cudaError_t code) {
+    if (code != cudaSuccess) cudaGetLastError();
+}
 static inline void *cuda_ptr(rast_dev d) { return (void *)(uintptr_t)d; }
 
 #endif

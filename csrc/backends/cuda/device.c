@@ -8,49 +8,83 @@
 
 /* ---- errors -------------------------------------------------------------------------------------------------------- */
 
+#define NEW_PROCESS "nothing in this process can use the device any more: start a new one"
+
+static double mib(size_t bytes) { return (double)bytes / (1 << 20); }
+
 int cuda_enter(rast_ctx *ctx, rast_error *err) {
     if (ctx->process != getpid())
         return rast_fail(err, RAST_ERR_DEVICE,
                          "cuda:%d was opened before fork(), which CUDA does not survive: load the model in the child",
                          ctx->device);
     if (ctx->broken)
-        return rast_fail(err, RAST_ERR_DEVICE, "cuda:%d has failed and is not used any more: %s", ctx->device,
-                         ctx->why);
+        return rast_fail(err, RAST_ERR_DEVICE, "cuda:%d has failed and is not used any more: %s%s", ctx->device,
+                         ctx->why, ctx->lost ? "; " NEW_PROCESS : "; a new model can use it");
     return cuda_check(ctx, cudaSetDevice(ctx->device), "selecting the device", err);
 }
 
-int cuda_may_release(rast_ctx *ctx) { return ctx->process == getpid() && cudaSetDevice(ctx->device) == cudaSuccess; }
+int cuda_may_release(rast_ctx *ctx) {
+    if (ctx->lost || ctx->process != getpid()) return 0;
+    if (cudaSetDevice(ctx->device) == cudaSuccess) return 1;
+    cudaGetLastError();
+    return 0;
+}
+
+/* What an earlier failure has left of the device: an error that corrupts the context comes again with every call. */
+static cudaError_t state_of_device(size_t *free_bytes, size_t *total) {
+    cudaGetLastError();
+    const cudaError_t code = cudaMemGetInfo(free_bytes, total);
+    if (code != cudaSuccess) cudaGetLastError();
+    return code;
+}
 
 static int fail(rast_ctx *ctx, const char *doing, const char *why, rast_error *err) {
+    size_t free_bytes, total;
     if (!ctx->broken) snprintf(ctx->why, sizeof ctx->why, "%s: %s", doing, why);
     ctx->broken = 1;
-    return rast_fail(err, RAST_ERR_DEVICE, "cuda:%d failed while %s: %s", ctx->device, doing, why);
+    ctx->lost |= state_of_device(&free_bytes, &total) != cudaSuccess;
+    return rast_fail(err, RAST_ERR_DEVICE, "cuda:%d failed while %s: %s%s", ctx->device, doing, why,
+                     ctx->lost ? "; " NEW_PROCESS : "");
+}
+
+/* want: "for 3 MiB of ...", "while ...". The device stays sound. */
+static int no_memory(rast_ctx *ctx, const char *want, rast_error *err) {
+    size_t free_bytes = 0, total = 0;
+    state_of_device(&free_bytes, &total);
+    return rast_fail(err, RAST_ERR_MEMORY,
+                     "cuda:%d: no memory %s: %.1f of %.1f MiB are free, and this model holds %.1f MiB of weights, %.1f "
+                     "MiB of KV cache and %.1f MiB of workspace",
+                     ctx->device, want, mib(free_bytes), mib(total), mib(ctx->used[CUDA_USE_WEIGHTS]),
+                     mib(ctx->used[CUDA_USE_CACHE]), mib(ctx->used[CUDA_USE_WORK]));
+}
+
+static int no_memory_while(rast_ctx *ctx, const char *doing, rast_error *err) {
+    char want[120];
+    snprintf(want, sizeof want, "while %s", doing);
+    return no_memory(ctx, want, err);
 }
 
 int cuda_check(rast_ctx *ctx, cudaError_t code, const char *doing, rast_error *err) {
-    return code == cudaSuccess ? RAST_OK : fail(ctx, doing, cudaGetErrorString(code), err);
+    if (code == cudaSuccess) return RAST_OK;
+    /* kernels are loaded when they are first launched, graphs take memory as they are: any call may need some */
+    if (code == cudaErrorMemoryAllocation) return no_memory_while(ctx, doing, err);
+    return fail(ctx, doing, cudaGetErrorString(code), err);
 }
 
+/* cuBLAS loads kernels too, and seldom says that it was memory it lacked: that is taken from what is free. */
 int cuda_check_blas(rast_ctx *ctx, cublasStatus_t code, const char *doing, rast_error *err) {
-    return code == CUBLAS_STATUS_SUCCESS ? RAST_OK : fail(ctx, doing, cublasGetStatusString(code), err);
+    const size_t little = (size_t)64 << 20;
+    size_t free_bytes = 0, total = 0;
+    if (code == CUBLAS_STATUS_SUCCESS) return RAST_OK;
+    const int vague = code == CUBLAS_STATUS_NOT_INITIALIZED || code == CUBLAS_STATUS_EXECUTION_FAILED ||
+                      code == CUBLAS_STATUS_INTERNAL_ERROR;
+    if (state_of_device(&free_bytes, &total) == cudaSuccess &&
+        (code == CUBLAS_STATUS_ALLOC_FAILED || (vague && free_bytes < little)))
+        return no_memory_while(ctx, doing, err);
+    return fail(ctx, doing, cublasGetStatusString(code), err);
 }
 
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
-
-static double mib(size_t bytes) { return (double)bytes / (1 << 20); }
-
-static int no_memory(rast_ctx *ctx, size_t bytes, cuda_use use, rast_error *err) {
-    static const char *const what[CUDA_N_USES] = {"weights", "the KV cache", "the workspace"};
-    size_t free_bytes = 0, total = 0;
-    cudaGetLastError(); /* too little memory is not a failure of the device */
-    if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) cudaGetLastError();
-    return rast_fail(
-        err, RAST_ERR_MEMORY,
-        "cuda:%d: no memory for %.1f MiB of %s: %.1f of %.1f MiB are free, and this model holds %.1f MiB of "
-        "weights, %.1f MiB of KV cache and %.1f MiB of workspace",
-        ctx->device, mib(bytes), what[use], mib(free_bytes), mib(total), mib(ctx->used[CUDA_USE_WEIGHTS]),
-        mib(ctx->used[CUDA_USE_CACHE]), mib(ctx->used[CUDA_USE_WORK]));
-}
 
 int cuda_allocate(rast_ctx *ctx, size_t bytes, cuda_use use, rast_dev *out, rast_error *err) {
     void *data = NULL;
@@ -64,7 +98,12 @@ int cuda_allocate(rast_ctx *ctx, size_t bytes, cuda_use use, rast_dev *out, rast
     }
     if (!bytes) bytes = 1;
     cudaError_t code = cudaMalloc(&data, bytes);
-    if (code == cudaErrorMemoryAllocation) return no_memory(ctx, bytes, use, err);
+    if (code == cudaErrorMemoryAllocation) {
+        static const char *const what[CUDA_N_USES] = {"weights", "the KV cache", "the workspace"};
+        char want[80];
+        snprintf(want, sizeof want, "for %.1f MiB of %s", mib(bytes), what[use]);
+        return no_memory(ctx, want, err);
+    }
     int status = cuda_check(ctx, code, "allocating memory", err);
     if (status) return status;
     ctx->allocations[ctx->n_allocations++] = (cuda_allocation){(rast_dev)(uintptr_t)data, bytes, use};
@@ -88,7 +127,7 @@ void cuda_release(rast_ctx *ctx, rast_dev data) {
     ctx->used[ctx->allocations[i - 1].use] -= ctx->allocations[i - 1].bytes;
     ctx->allocations[i - 1] = ctx->allocations[--ctx->n_allocations];
     ctx->releases++;
-    if (cuda_may_release(ctx) && cudaFree(cuda_ptr(data)) != cudaSuccess) cudaGetLastError();
+    if (cuda_may_release(ctx)) cuda_ignore(cudaFree(cuda_ptr(data)));
 }
 
 int cuda_allocate_pinned(rast_ctx *ctx, size_t bytes, void **out, rast_error *err) {
@@ -104,7 +143,7 @@ int cuda_allocate_pinned(rast_ctx *ctx, size_t bytes, void **out, rast_error *er
 void cuda_release_pinned(rast_ctx *ctx, void *data) {
     if (!data) return;
     ctx->releases++;
-    if (cuda_may_release(ctx) && cudaFreeHost(data) != cudaSuccess) cudaGetLastError();
+    if (cuda_may_release(ctx)) cuda_ignore(cudaFreeHost(data));
 }
 
 int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_error *err) {
@@ -131,11 +170,16 @@ int cuda_ids(rast_ctx *ctx, const int32_t *host, int32_t n, rast_dev *out, rast_
         return status;
     }
     memcpy(copy, host, bytes);
-    ctx->id_lists[ctx->n_id_lists++] = (cuda_id_list){copy, n, *out};
     status = cuda_check(ctx, cudaMemcpy(cuda_ptr(*out), host, bytes, cudaMemcpyHostToDevice), "copying ids", err);
     /* from pageable memory it may return before the numbers are there, and streams do not wait for the legacy one */
     if (status == RAST_OK) status = cuda_check(ctx, cudaStreamSynchronize(NULL), "copying ids", err);
-    return status;
+    if (status) {
+        free(copy);
+        cuda_release(ctx, *out);
+        return status;
+    }
+    ctx->id_lists[ctx->n_id_lists++] = (cuda_id_list){copy, n, *out};
+    return RAST_OK;
 }
 
 /* ---- the device ---------------------------------------------------------------------------------------------------- */
@@ -171,6 +215,28 @@ static int check_machine(rast_ctx *ctx, rast_error *err) {
     return cuda_check(ctx, code, "asking for the compute capability", err);
 }
 
+/* The first calls that make a context, and load a kernel. */
+static int check_use(rast_ctx *ctx, rast_error *err) {
+    size_t free_bytes, total;
+    cudaError_t code = cudaSetDevice(ctx->device);
+    if (code == cudaSuccess) code = cudaMemGetInfo(&free_bytes, &total);
+    if (code == cudaSuccess) {
+        code = rast_kernel_available();
+        if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction) {
+            cudaGetLastError();
+            return rast_fail(err, RAST_ERR_DEVICE,
+                             "cuda:%d: this build of the backend has no kernels for compute capability %d.%d "
+                             "(RAST_CUDA_ARCHS chose others)",
+                             ctx->device, ctx->major, ctx->minor);
+        }
+    }
+    if (code == cudaSuccess || code == cudaErrorMemoryAllocation) return cuda_check(ctx, code, "starting", err);
+    const char *why = cudaGetErrorString(code);
+    if (state_of_device(&free_bytes, &total) == cudaSuccess) return fail(ctx, "starting", why, err);
+    return rast_fail(err, RAST_ERR_DEVICE, "cuda:%d cannot be used: %s; if it has failed before, " NEW_PROCESS,
+                     ctx->device, why);
+}
+
 static void device_close(rast_ctx *ctx) {
     if (!ctx) return;
     cuda_abandon_loading(ctx);
@@ -185,7 +251,6 @@ static void device_close(rast_ctx *ctx) {
 
 static int device_open(const rast_device *device, rast_ctx **out, rast_error *err) {
     struct cudaDeviceProp properties;
-    size_t free_bytes, total;
     *out = NULL;
     rast_ctx *ctx = calloc(1, sizeof *ctx);
     if (!ctx) return rast_fail(err, RAST_ERR_MEMORY, "no memory for a device");
@@ -194,11 +259,9 @@ static int device_open(const rast_device *device, rast_ctx **out, rast_error *er
     ctx->process = getpid();
     ctx->graphs = !graphs || strcmp(graphs, "0") != 0;
     int status = check_machine(ctx, err);
-    if (status == RAST_OK) status = cuda_enter(ctx, err);
     if (status == RAST_OK)
         status = cuda_check(ctx, cudaGetDeviceProperties(&properties, ctx->device), "asking for its properties", err);
-    if (status == RAST_OK) /* the first call that needs the device itself */
-        status = cuda_check(ctx, cudaMemGetInfo(&free_bytes, &total), "starting", err);
+    if (status == RAST_OK) status = check_use(ctx, err);
     if (status) {
         device_close(ctx);
         return status;
@@ -215,17 +278,36 @@ static int32_t device_n_threads(const rast_ctx *ctx) {
     return 1; /* the one that enqueues */
 }
 
-/* ---- the table: each function leaves the calling thread's device, which may be another, as it was --------------------- */
+/* ---- the table: each function leaves the calling thread's device as it was, if that is another and in use ---------- */
 
 static int current_device(const rast_ctx *ctx) {
     int device = -1;
-    if (ctx->process != getpid() || cudaGetDevice(&device) != cudaSuccess) return -1;
-    return device;
+    if (ctx->process != getpid()) return -1;
+    const cudaError_t code = cudaGetDevice(&device);
+    cuda_ignore(code);
+    return code == cudaSuccess ? device : -1;
+}
+
+/* Whether somebody uses the device: selecting it would make a context there, of hundreds of MiB. Only the driver knows. */
+static int has_context(int device) {
+    enum cudaDriverEntryPointQueryResult found;
+    int (*state)(int, unsigned *, int *);
+    void *function = NULL;
+    unsigned flags;
+    int active = 1;
+    const cudaError_t code =
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 12000, cudaEnableDefault, &found);
+    if (code != cudaSuccess || !function) {
+        cudaGetLastError();
+        return 1;
+    }
+    memcpy(&state, &function, sizeof state); /* C has no cast from an object's to a function's address */
+    return state(device, &flags, &active) != 0 || active;
 }
 
 /* That it cannot be used is no error of ours, and must not be found as one behind a later launch. */
 static void set_device_again(int device) {
-    if (cudaSetDevice(device) != cudaSuccess) cudaGetLastError();
+    if (has_context(device)) cuda_ignore(cudaSetDevice(device));
 }
 
 static void restore_device(const rast_ctx *ctx, int device) {
@@ -253,7 +335,7 @@ static int op_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_e
     int status = cuda_enter(ctx, err);
     *out = 0;
     if (status == RAST_OK)
-        status = cuda_allocate(ctx, bytes, kind == RAST_MEM_LAZY ? CUDA_USE_CACHE : CUDA_USE_WORK, out, err);
+        status = cuda_allocate(ctx, bytes, kind == RAST_MEM_CACHE ? CUDA_USE_CACHE : CUDA_USE_WORK, out, err);
     restore_device(ctx, before);
     return status;
 }
@@ -264,14 +346,18 @@ static void op_release(rast_ctx *ctx, rast_dev data) {
     restore_device(ctx, before);
 }
 
-static size_t op_free_memory(rast_ctx *ctx) {
-    const size_t reserve = (size_t)256 << 20; /* of cuBLAS and the buffers that submit makes */
-    size_t free_bytes = 0, total = 0;
+static int op_memory(rast_ctx *ctx, rast_memory *out, rast_error *err) {
+    /* code of kernels, cuBLAS's among them, which is loaded as they are first launched; graphs; room that allocations waste */
+    const size_t kept = (size_t)256 << 20;
     const int before = current_device(ctx);
-    if (cuda_enter(ctx, NULL) || cuda_check(ctx, cudaMemGetInfo(&free_bytes, &total), "asking for free memory", NULL))
-        free_bytes = 0;
+    *out = (rast_memory){
+        .weights = ctx->used[CUDA_USE_WEIGHTS], .cache = ctx->used[CUDA_USE_CACHE], .work = ctx->used[CUDA_USE_WORK]};
+    int status = cuda_enter(ctx, err);
+    if (status == RAST_OK)
+        status = cuda_check(ctx, cudaMemGetInfo(&out->free, &out->total), "asking for free memory", err);
     restore_device(ctx, before);
-    return free_bytes - (free_bytes / 2 < reserve ? free_bytes / 2 : reserve);
+    out->kept = out->free / 2 < kept ? out->free / 2 : kept;
+    return status;
 }
 
 static int op_bind(rast_ctx *ctx, const rast_tensor *t, int32_t act_type, rast_weight *out, rast_error *err) {
@@ -317,6 +403,13 @@ static int op_submit(rast_queue *q, rast_event *event, rast_error *err) {
     return status;
 }
 
+static int op_reserve(rast_queue *q, rast_error *err) {
+    const int before = current_device(q->ctx);
+    int status = cuda_reserve(q, err);
+    restore_device(q->ctx, before);
+    return status;
+}
+
 static int op_wait(rast_ctx *ctx, rast_event event, rast_error *err) {
     const int before = current_device(ctx);
     int status = cuda_wait(ctx, event, err);
@@ -330,20 +423,21 @@ static const rast_ops ops = {
     .overlaps = 1,
     .asynchronous = 1,
     .copies_weights = 1,
-    .cache_percent = 90, /* the rest: buffers of a step, which grow with what is asked */
+    .cache_percent = 100,
     .open = op_open,
     .close = op_close,
     .isa = device_isa,
     .n_threads = device_n_threads,
     .alloc = op_alloc,
     .release = op_release,
-    .free_memory = op_free_memory,
+    .memory = op_memory,
     .bind = op_bind,
     .unbind = op_unbind,
     .queue_new = op_queue_new,
     .queue_free = op_queue_free,
     .begin = op_begin,
     .submit = op_submit,
+    .reserve = op_reserve,
     .wait = op_wait,
     .depend = cuda_depend,
     .copy = cuda_copy,

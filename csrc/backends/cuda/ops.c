@@ -6,6 +6,10 @@
 /* float32 logits of all terms that one call of the transfer step reads: more outputs go in pieces */
 static const size_t LOGITS_BYTES = (size_t)128 << 20;
 
+/* Products of equal shapes are one call of cuBLAS where each of them takes little longer than a launch, by its weights or
+ * its operations: about 20 µs of 2 µs. For larger ones, cuBLAS has better kernels one by one than from lists of pointers. */
+static const size_t SMALL_BYTES = (size_t)64 << 20, SMALL_OPERATIONS = (size_t)1 << 34;
+
 /* ---- recording ----------------------------------------------------------------------------------------------------- */
 
 void cuda_copy(rast_queue *q, rast_dev dst, rast_dev src, size_t bytes, int kind) {
@@ -110,10 +114,16 @@ void cuda_copy_blocks(rast_queue *q, const rast_dev *base, int32_t n_models, siz
 
 /* ---- needs --------------------------------------------------------------------------------------------------------- */
 
-/* Floats from a row of logits to the next: rows begin at 16 bytes. */
 /* cuBLAS cannot see pointers that are on the device, and takes what they point to as aligned. */
 static int is_aligned(rast_dev address) { return address % 16 == 0; }
 
+/* Of one product. rows: of its input */
+static int is_small(int32_t out, int32_t in, int32_t rows, int32_t type) {
+    const size_t elements = (size_t)out * (size_t)in;
+    return elements <= SMALL_BYTES / cuda_type_bytes(type) && elements <= SMALL_OPERATIONS / 2 / (size_t)rows;
+}
+
+/* Floats from a row of logits to the next: rows begin at 16 bytes. */
 static size_t logits_stride(const rast_logits *l) { return ((size_t)l->n_vocab + 3) / 4 * 4; }
 
 /* Whether the term's logits are put together here, by a product or from rows that were saved for some of the outputs. */
@@ -125,13 +135,16 @@ static size_t n_gathered(const rast_logits *l) {
     return n;
 }
 
-/* Outputs of one call of the transfer step. */
-static int32_t piece_of(const rast_logits *l) {
-    const size_t row = n_gathered(l) * logits_stride(l) * sizeof(float);
-    const size_t most = row ? LOGITS_BYTES / row : SIZE_MAX;
-    if (!most) return 1;
+/* Outputs of one call of the transfer step, of which n_terms have logits to be put together. */
+static int32_t piece_for(const rast_logits *l, size_t n_terms) {
+    const size_t row = n_terms * logits_stride(l) * sizeof(float);
+    size_t most = row ? LOGITS_BYTES / row : RAST_KERNEL_OUTPUTS;
+    if (!most) most = 1;
+    if (most > RAST_KERNEL_OUTPUTS) most = RAST_KERNEL_OUTPUTS;
     return most < (size_t)l->n_out ? (int32_t)most : l->n_out;
 }
+
+static int32_t piece_of(const rast_logits *l) { return piece_for(l, n_gathered(l)); }
 
 static int has_product(const rast_term *t) { return is_gathered(t) && t->hidden; }
 
@@ -149,7 +162,9 @@ static int32_t same_heads(const rast_logits *l, int32_t m, int32_t members[RAST_
         if (!has_product(t) || !has_product(other) || head_rows(l, other) != head_rows(l, t) ||
             other->head->in != t->head->in || other->hidden_type != t->hidden_type)
             continue;
-        if (j != m && !is_aligned(t->hidden | t->head->data | other->hidden | other->head->data)) continue;
+        if (j != m && (!is_aligned(t->hidden | t->head->data | other->hidden | other->head->data) ||
+                       !is_small(head_rows(l, t), t->head->in, l->n_out, t->hidden_type)))
+            continue;
         if (j < m) return 0;
         members[n++] = j;
     }
@@ -160,8 +175,9 @@ cuda_needs cuda_op_needs(const cuda_op *op) {
     cuda_needs needs = {0};
     if (op->kind == CUDA_MATMUL) {
         const int32_t n = op->pass.n_models * op->u.matmul.n_jobs;
+        const rast_weight *w = op->u.matmul.jobs[0].w[0];
         needs.products = 1;
-        if (n > 1) needs.n_pointers = 3 * n;
+        if (n > 1 && is_small(w->out, w->in, op->pass.cap_rows, op->pass.act_type)) needs.n_pointers = 3 * n;
     } else if (op->kind == CUDA_ATTENTION) {
         needs.attention = rast_kernel_attention_scratch(&op->pass, &op->u.attention.kv);
     } else if (op->kind == CUDA_COMBINE) {
@@ -175,6 +191,23 @@ cuda_needs cuda_op_needs(const cuda_op *op) {
         }
         needs.logits = n_gathered(l) * (size_t)piece * logits_stride(l) * sizeof(float);
         needs.transfer = rast_kernel_transfer_scratch(l, piece);
+    }
+    return needs;
+}
+
+cuda_needs cuda_op_needs_at_most(const cuda_op *op) {
+    cuda_needs needs = cuda_op_needs(op);
+    if (op->kind == CUDA_ATTENTION)
+        needs.attention = rast_kernel_attention_scratch_at_most(&op->pass, &op->u.attention.kv);
+    /* fewer rows may be few enough for batches */
+    if (op->kind == CUDA_MATMUL && op->pass.n_models * op->u.matmul.n_jobs > 1)
+        needs.n_pointers = 3 * op->pass.n_models * op->u.matmul.n_jobs;
+    if (op->kind == CUDA_COMBINE) { /* fewer terms go in larger pieces */
+        const rast_logits *l = &op->u.combine;
+        const size_t terms = n_gathered(l), row = terms * logits_stride(l) * sizeof(float);
+        if (terms) needs.logits = row * (size_t)l->n_out < LOGITS_BYTES ? row * (size_t)l->n_out : LOGITS_BYTES;
+        if (needs.logits < row) needs.logits = row;
+        needs.transfer = rast_kernel_transfer_scratch(l, piece_for(l, terms ? 1 : 0));
     }
     return needs;
 }
@@ -255,7 +288,8 @@ static int may_batch(const cuda_op *op) {
         const operands o = operands_of(op, i);
         all |= o.w | o.x | o.y;
     }
-    return n_products(op) > 1 && is_aligned(all);
+    const rast_weight *w = op->u.matmul.jobs[0].w[0];
+    return n_products(op) > 1 && is_aligned(all) && is_small(w->out, w->in, op->pass.cap_rows, op->pass.act_type);
 }
 
 static int enqueue_matmul(rast_queue *q, const cuda_op *op, rast_error *err) {

@@ -104,7 +104,7 @@ static cuda_submission *next_submission(rast_queue *q) {
 /* ---- graphs -------------------------------------------------------------------------------------------------------- */
 
 static void graph_clear(rast_queue *q, cuda_graph *g) {
-    if (g->exec && cuda_may_release(q->ctx)) cudaGraphExecDestroy(g->exec);
+    if (g->exec && cuda_may_release(q->ctx)) cuda_ignore(cudaGraphExecDestroy(g->exec));
     g->exec = NULL;
     free(g->up.items);
     free(g->down.items);
@@ -185,14 +185,11 @@ static int blas_ready(rast_queue *q, rast_error *err) {
     int status = scratch_ready(q, &q->blas_workspace, bytes, err);
     if (status) return status;
     cublasStatus_t code = cublasCreate(&q->blas);
-    if (code == CUBLAS_STATUS_ALLOC_FAILED) {
-        q->blas = NULL;
-        cudaGetLastError();
-        return rast_fail(err, RAST_ERR_MEMORY, "cuda:%d: no memory for cuBLAS", ctx->device);
-    }
+    if (code != CUBLAS_STATUS_SUCCESS) q->blas = NULL;
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasSetStream(q->blas, q->stream);
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasSetWorkspace(q->blas, cuda_ptr(q->blas_workspace.data), bytes);
     if (code == CUBLAS_STATUS_SUCCESS) code = cublasSetMathMode(q->blas, CUBLAS_DEFAULT_MATH); /* no TF32 */
+    if (code != CUBLAS_STATUS_SUCCESS && q->blas) cublasDestroy(q->blas), q->blas = NULL;
     return cuda_check_blas(ctx, code, "starting cuBLAS", err);
 }
 
@@ -257,6 +254,35 @@ static int place_tables(rast_queue *q, rast_error *err) {
     return rast_fail(err, RAST_ERR_MEMORY, "a step has more products than the table of pointers holds");
 }
 
+static void add_needs(cuda_needs *most, cuda_needs needs) {
+    if (needs.attention > most->attention) most->attention = needs.attention;
+    if (needs.transfer > most->transfer) most->transfer = needs.transfer;
+    if (needs.logits > most->logits) most->logits = needs.logits;
+    if (needs.n_pointers > most->n_pointers) most->n_pointers = needs.n_pointers;
+    most->products |= needs.products;
+}
+
+static int buffers_ready(rast_queue *q, const cuda_needs *needs, rast_error *err) {
+    int status = needs->products ? blas_ready(q, err) : RAST_OK;
+    if (status == RAST_OK) status = scratch_ready(q, &q->attention, needs->attention, err);
+    if (status == RAST_OK) status = scratch_ready(q, &q->transfer, needs->transfer, err);
+    if (status == RAST_OK) status = scratch_ready(q, &q->logits, needs->logits, err);
+    if (status == RAST_OK && needs->n_pointers) status = tables_ready(q, err);
+    return status;
+}
+
+int cuda_reserve(rast_queue *q, rast_error *err) {
+    cuda_needs most = {0};
+    if (q->failed) return rast_fail(err, RAST_ERR_MEMORY, "no memory to record a step");
+    int status = cuda_enter(q->ctx, err);
+    if (status == RAST_OK) status = cuda_finish_loading(q->ctx, err);
+    for (size_t i = 0; i < q->n_ops && status == RAST_OK; i++) {
+        add_needs(&most, cuda_op_needs_at_most(&q->ops[i]));
+        status = cuda_op_prepare(q->ctx, &q->ops[i], err);
+    }
+    return status ? status : buffers_ready(q, &most, err);
+}
+
 /* Everything that may need memory, and the host's data; nothing runs on the stream but this meanwhile. */
 static int prepare(rast_queue *q, rast_error *err) {
     cuda_submission *s = q->now;
@@ -265,11 +291,7 @@ static int prepare(rast_queue *q, rast_error *err) {
     s->up.n = s->up.bytes = s->down.n = s->down.bytes = 0;
     for (size_t i = 0; i < q->n_ops && status == RAST_OK; i++) {
         cuda_op *op = &q->ops[i];
-        const cuda_needs needs = cuda_op_needs(op);
-        if (needs.attention > most.attention) most.attention = needs.attention;
-        if (needs.transfer > most.transfer) most.transfer = needs.transfer;
-        if (needs.logits > most.logits) most.logits = needs.logits;
-        most.products |= needs.products;
+        add_needs(&most, cuda_op_needs(op));
         status = cuda_op_prepare(q->ctx, op, err);
         if (op->kind != CUDA_COPY || op->u.copy.kind == RAST_COPY_ON_DEVICE) continue;
         const int is_up = op->u.copy.kind == RAST_COPY_TO_DEVICE;
@@ -277,10 +299,7 @@ static int prepare(rast_queue *q, rast_error *err) {
         if (!add_transfer(is_up ? &s->up : &s->down, host, op->u.copy.bytes, &op->u.copy.at))
             return rast_fail(err, RAST_ERR_MEMORY, "no memory for a list of copies");
     }
-    if (status == RAST_OK && most.products) status = blas_ready(q, err);
-    if (status == RAST_OK) status = scratch_ready(q, &q->attention, most.attention, err);
-    if (status == RAST_OK) status = scratch_ready(q, &q->transfer, most.transfer, err);
-    if (status == RAST_OK) status = scratch_ready(q, &q->logits, most.logits, err);
+    if (status == RAST_OK) status = buffers_ready(q, &most, err);
     if (status == RAST_OK) status = pinned_ready(q->ctx, &s->to_device, s->up.bytes, err);
     if (status == RAST_OK) status = pinned_ready(q->ctx, &s->to_host, s->down.bytes, err);
     if (status == RAST_OK) status = place_tables(q, err);
@@ -290,7 +309,7 @@ static int prepare(rast_queue *q, rast_error *err) {
                             cudaMemcpyAsync(cuda_ptr(t->data + t->n_sent * sizeof *t->host), t->host + t->n_sent,
                                             (t->n - t->n_sent) * sizeof *t->host, cudaMemcpyHostToDevice, q->stream),
                             "copying pointers", err);
-        t->n_sent = t->n;
+        if (status == RAST_OK) t->n_sent = t->n;
     }
     return status;
 }
@@ -321,7 +340,7 @@ static int capture(rast_queue *q, cuda_graph *g, rast_error *err) {
         else
             status = cuda_check(q->ctx, made, "instantiating a graph", err);
     }
-    if (graph) cudaGraphDestroy(graph);
+    if (graph) cuda_ignore(cudaGraphDestroy(graph));
     if (status) return status;
     g->at = q->now;
     if (g->exec && copy_transfers(&g->up, &q->now->up) && copy_transfers(&g->down, &q->now->down)) return RAST_OK;
@@ -351,10 +370,17 @@ static int run(rast_queue *q, rast_error *err) {
         memcpy(s->to_device.data + s->up.items[i].at, s->up.items[i].host, s->up.items[i].bytes);
     if (g && !replay) status = capture(q, g, err);
     if (status) return status;
-    if (g && g->exec)
-        status = cuda_check(ctx, cudaGraphLaunch(g->exec, q->stream), "launching a graph", err);
-    else
-        status = enqueue(q, err);
+    if (g && g->exec) {
+        const cudaError_t code = cudaGraphLaunch(g->exec, q->stream);
+        if (code == cudaErrorMemoryAllocation) { /* its first launch takes some; the step is submitted without it */
+            cudaGetLastError();
+            graph_clear(q, g);
+            g->hopeless = 1;
+        }
+        if (code != cudaErrorMemoryAllocation || replay) /* what is replayed was not recorded */
+            status = cuda_check(ctx, code, "launching a graph", err);
+    }
+    if (status == RAST_OK && !(g && g->exec)) status = enqueue(q, err);
     if (status == RAST_OK) status = cuda_check(ctx, cudaEventRecord(s->done, q->stream), "recording an event", err);
     s->pending = status == RAST_OK;
     s->used_at = ++q->clock;
@@ -367,6 +393,8 @@ int cuda_submit(rast_queue *q, rast_event *event, rast_error *err) {
     int status = cuda_enter(q->ctx, err);
     if (status == RAST_OK) status = cuda_finish_loading(q->ctx, err);
     if (status == RAST_OK) status = run(q, err);
+    if (status && !q->ctx->broken) /* a part of it may run, and reads buffers that the next submission fills */
+        cuda_check(q->ctx, cudaStreamSynchronize(q->stream), "running a step", NULL);
     if (status == RAST_OK) *event = (rast_event)(uintptr_t)q->now;
     return status;
 }
@@ -384,18 +412,18 @@ void cuda_queue_free(rast_queue *q) {
     if (!q) return;
     rast_ctx *ctx = q->ctx;
     const int may = cuda_may_release(ctx);
-    if (may && q->stream) cudaStreamSynchronize(q->stream);
+    if (may && q->stream) cuda_ignore(cudaStreamSynchronize(q->stream));
     for (size_t i = 0; i < q->n_graphs; i++) graph_clear(q, &q->graphs[i]);
     if (may && q->blas) cublasDestroy(q->blas);
     for (size_t i = 0; i < CUDA_SUBMISSIONS; i++) {
         cuda_submission *s = &q->submissions[i];
-        if (may && s->done) cudaEventDestroy(s->done);
+        if (may && s->done) cuda_ignore(cudaEventDestroy(s->done));
         cuda_release_pinned(ctx, s->to_device.data);
         cuda_release_pinned(ctx, s->to_host.data);
         free(s->up.items);
         free(s->down.items);
     }
-    if (may && q->stream) cudaStreamDestroy(q->stream);
+    if (may && q->stream) cuda_ignore(cudaStreamDestroy(q->stream));
     const rast_dev device[] = {q->blas_workspace.data, q->attention.data, q->transfer.data, q->logits.data,
                                q->tables.data};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++) cuda_release(ctx, device[i]);

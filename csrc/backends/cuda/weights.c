@@ -21,13 +21,13 @@ static void loader_free(rast_ctx *ctx) {
     cuda_loader *loader = ctx->loader;
     if (!loader) return;
     const int may = cuda_may_release(ctx);
-    if (may && loader->stream) cudaStreamSynchronize(loader->stream);
+    if (may && loader->stream) cuda_ignore(cudaStreamSynchronize(loader->stream));
     for (size_t i = 0; i < N_BUFFERS; i++) {
         cuda_release_pinned(ctx, loader->buffers[i].pinned);
         cuda_release(ctx, loader->buffers[i].raw);
-        if (may && loader->buffers[i].done) cudaEventDestroy(loader->buffers[i].done);
+        if (may && loader->buffers[i].done) cuda_ignore(cudaEventDestroy(loader->buffers[i].done));
     }
-    if (may && loader->stream) cudaStreamDestroy(loader->stream);
+    if (may && loader->stream) cuda_ignore(cudaStreamDestroy(loader->stream));
     free(loader);
     ctx->loader = NULL;
 }

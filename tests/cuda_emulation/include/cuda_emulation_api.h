@@ -21,11 +21,21 @@ void cuda_emulation_capability(int capability);
 void cuda_emulation_driver(int version);
 void cuda_emulation_memory(size_t bytes);
 
+/* The oldest device, likewise, that the kernels have code for [CUDA_EMULATION_IMAGES, 80]. */
+void cuda_emulation_images(int capability);
+/* Whether cuBLAS that lacks memory says NOT_INITIALIZED or EXECUTION_FAILED, as NVIDIA's may, and not ALLOC_FAILED
+ * [CUDA_EMULATION_VAGUE_BLAS, 0]. */
+void cuda_emulation_vague_blas(int on);
+
+/* Devices that a context was made on, as bits: by selecting one, as from CUDA 12 on, or by using it. */
+unsigned cuda_emulation_contexts(void);
+
 /* The n-th call from now on (1: the next) of a cuda* or cublas* function that returns a status fails, or a launch does; error
  * as cudaError (cuBLAS calls return CUBLAS_STATUS_ALLOC_FAILED for cudaErrorMemoryAllocation, else
- * CUBLAS_STATUS_EXECUTION_FAILED). 0: none. [CUDA_EMULATION_FAIL_CALL=n:error] */
+ * CUBLAS_STATUS_EXECUTION_FAILED). 0: none. An error that corrupts a context stays, as below. [CUDA_EMULATION_FAIL_CALL=n:error] */
 void cuda_emulation_fail_call(uint64_t n, int error);
-/* The n-th piece of queued work fails while it runs, and the error stays, as after an illegal access.
+/* The n-th piece of queued work fails while it runs, and the error stays, as after an illegal access: all that uses the device
+ * gives it again, and nothing can be released.
  * [CUDA_EMULATION_FAIL_WORK=n:error] */
 void cuda_emulation_fail_work(uint64_t n, int error);
 uint64_t cuda_emulation_calls(void); /* such calls so far */
@@ -33,7 +43,8 @@ uint64_t cuda_emulation_calls(void); /* such calls so far */
 /* The last report (a divergent barrier, a copy out of bounds, ...), "" if none; valid until the next. Also on stderr, unless
  * CUDA_EMULATION_QUIET is set. */
 const char *cuda_emulation_report(void);
-/* Clears a lasting error and whatever is still queued. What is allocated stays. Real devices have no such way back. */
+/* Clears whatever is still queued; what is allocated stays. After a lasting error it does what a new process would: nothing is
+ * left of memory, streams, events, graphs and handles. Real devices have no such way back. */
 void cuda_emulation_reset(void);
 
 /* Allocations that have not been freed: of the device, pinned; streams, events, graphs and handles alive. */

@@ -15,22 +15,27 @@ uint64_t number(const char *name, uint64_t otherwise) {
     return text && *text ? strtoull(text, nullptr, 0) : otherwise;
 }
 
+constexpr int MAX_DEVICES = 16;
+
 struct State {
     Settings settings;
     uint64_t random, calls, fail_call, fail_work;
     int fail_call_error, fail_work_error;
-    cudaError_t lasting;
+    cudaError_t lasting[MAX_DEVICES];
+    unsigned contexts; /* a bit for each device */
     cuda_emulation_alive_t alive;
     std::string report;
     std::recursive_mutex lock;
 
-    State() : calls(0), lasting(cudaSuccess), alive() {
+    State() : calls(0), lasting(), contexts(0), alive() {
         settings.seed = number("CUDA_EMULATION_SEED", 0);
         settings.devices = (int)number("CUDA_EMULATION_DEVICES", 1);
         settings.capability = (int)number("CUDA_EMULATION_CAPABILITY", 90);
+        settings.images = (int)number("CUDA_EMULATION_IMAGES", 80);
         settings.driver = (int)number("CUDA_EMULATION_DRIVER", 13000);
         settings.memory = number("CUDA_EMULATION_MEMORY", (uint64_t)4 << 30);
         settings.quiet = number("CUDA_EMULATION_QUIET", 0) != 0;
+        settings.vague_blas = number("CUDA_EMULATION_VAGUE_BLAS", 0) != 0;
         failure("CUDA_EMULATION_FAIL_CALL", fail_call, fail_call_error);
         failure("CUDA_EMULATION_FAIL_WORK", fail_work, fail_work_error);
         random = settings.seed;
@@ -54,9 +59,14 @@ thread_local int depth; /* calls of the interface inside calls */
 } // namespace
 
 Settings &settings() { return state().settings; }
-cudaError_t lasting() { return state().lasting; }
-void set_lasting(cudaError_t e) {
-    if (!state().lasting) state().lasting = e;
+cudaError_t lasting() { return state().lasting[device]; }
+void set_lasting(cudaError_t e, int of) {
+    if (!state().lasting[of]) state().lasting[of] = e;
+}
+/* Errors that corrupt a context: whatever comes later gives them again. */
+static bool lasts(cudaError_t e) {
+    return e == cudaErrorECCUncorrectable || e == cudaErrorIllegalAddress || e == cudaErrorLaunchTimeout ||
+           e == cudaErrorIllegalInstruction || e == cudaErrorMisalignedAddress || e == cudaErrorLaunchFailure;
 }
 cuda_emulation_alive_t &alive() { return state().alive; }
 int &current_device() { return device; }
@@ -87,12 +97,17 @@ Call::Call(Kind kind) : error(cudaSuccess) {
     s.lock.lock();
     if (depth++) return;
     s.calls++;
-    if (s.fail_call && --s.fail_call == 0)
+    if (s.fail_call && --s.fail_call == 0) {
         error = (cudaError_t)s.fail_call_error;
-    else if (kind == USES_DEVICE)
-        error = s.settings.driver < CUDART_VERSION ? cudaErrorInsufficientDriver
-                : s.settings.devices == 0          ? cudaErrorNoDevice
-                                                   : s.lasting;
+        if (lasts(error)) set_lasting(error, device);
+        return;
+    }
+    if (kind == ANYWHERE) return;
+    error = s.settings.driver < CUDART_VERSION ? cudaErrorInsufficientDriver
+            : s.settings.devices == 0          ? cudaErrorNoDevice
+            : kind == USES_DEVICE              ? s.lasting[device]
+                                               : cudaSuccess;
+    if (kind == USES_DEVICE && !error) s.contexts |= 1u << device;
 }
 Call::~Call() {
     depth--;
@@ -114,6 +129,9 @@ extern "C" {
 void cuda_emulation_seed(uint64_t seed) { state().settings.seed = state().random = seed; }
 void cuda_emulation_devices(int n) { settings().devices = n; }
 void cuda_emulation_capability(int capability) { settings().capability = capability; }
+void cuda_emulation_images(int capability) { settings().images = capability; }
+void cuda_emulation_vague_blas(int on) { settings().vague_blas = on != 0; }
+unsigned cuda_emulation_contexts(void) { return state().contexts; }
 void cuda_emulation_driver(int version) { settings().driver = version; }
 void cuda_emulation_memory(size_t bytes) { settings().memory = bytes; }
 void cuda_emulation_fail_call(uint64_t n, int error) {
@@ -130,7 +148,17 @@ void cuda_emulation_alive(cuda_emulation_alive_t *to) { *to = state().alive; }
 void cuda_emulation_reset(void) {
     Call call(Call::ANYWHERE);
     drop_all_work();
-    state().lasting = last_error = cudaSuccess;
+    bool failed = false;
+    for (cudaError_t &e : state().lasting) {
+        failed |= e != cudaSuccess;
+        e = cudaSuccess;
+    }
+    last_error = cudaSuccess;
+    if (failed) {
+        forget_handles();
+        forget_objects();
+        forget_memory();
+    }
     state().report.clear();
 }
 
@@ -220,7 +248,7 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 }
 
 cudaError_t cudaGetDeviceCount(int *n) {
-    Call call;
+    Call call(Call::NEEDS_DRIVER);
     if (n) *n = 0;
     if (call.error) return call.end(call.error);
     if (!n) return call.end(cudaErrorInvalidValue);
@@ -228,22 +256,24 @@ cudaError_t cudaGetDeviceCount(int *n) {
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *to) {
-    Call call;
+    Call call(Call::NEEDS_DRIVER);
     if (call.error) return call.end(call.error);
     if (!to) return call.end(cudaErrorInvalidValue);
     *to = device;
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int to) {
-    Call call;
+    Call call(Call::NEEDS_DRIVER);
     if (call.error) return call.end(call.error);
     if (to < 0 || to >= settings().devices) return call.end(cudaErrorInvalidDevice);
+    if (state().lasting[to]) return call.end(state().lasting[to]);
     device = to;
+    state().contexts |= 1u << to; /* as from CUDA 12 on */
     return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int which) {
-    Call call;
+    Call call(Call::NEEDS_DRIVER);
     if (call.error) return call.end(call.error);
     if (!prop) return call.end(cudaErrorInvalidValue);
     if (which < 0 || which >= settings().devices) return call.end(cudaErrorInvalidDevice);
@@ -270,7 +300,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int which) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr, int which) {
-    Call call;
+    Call call(Call::NEEDS_DRIVER);
     if (call.error) return call.end(call.error);
     if (!value) return call.end(cudaErrorInvalidValue);
     if (which < 0 || which >= settings().devices) return call.end(cudaErrorInvalidDevice);
@@ -326,6 +356,25 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr, int which) {
     default:
         return call.end(cudaErrorInvalidValue);
     }
+    return cudaSuccess;
+}
+
+/* ---- the driver's interface ------------------------------------------------------------------------------------------ */
+
+static int primary_context_state(int which, unsigned *flags, int *active) {
+    if (flags) *flags = 0;
+    *active = (int)(state().contexts >> which & 1);
+    return 0;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned, unsigned long long,
+                                             enum cudaDriverEntryPointQueryResult *found) {
+    Call call(Call::NEEDS_DRIVER);
+    if (call.error) return call.end(call.error);
+    if (!symbol || !function) return call.end(cudaErrorInvalidValue);
+    const bool known = !strcmp(symbol, "cuDevicePrimaryCtxGetState");
+    *function = known ? reinterpret_cast<void *>(primary_context_state) : nullptr;
+    if (found) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return cudaSuccess;
 }
 

@@ -111,6 +111,15 @@ bool touch(const void *p, size_t bytes, bool write, const char *who) {
     return true;
 }
 
+void forget_memory() {
+    for (auto &b : blocks())
+        if (!b.second.freed) release(b.first, b.second);
+    for (auto &b : host_blocks())
+        if (!b.second.registered) free(reinterpret_cast<void *>(b.first));
+    host_blocks().clear();
+    alive().host_allocations = alive().host_registrations = 0;
+}
+
 } // namespace cuda_emulation
 
 using namespace cuda_emulation;
@@ -147,10 +156,6 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
 
 cudaError_t cudaFree(void *p) {
     Call call;
-    if (lasting() && p) { /* memory is given back all the same */
-        auto it = blocks().find((uintptr_t)p);
-        if (it != blocks().end() && !it->second.freed) release(it->first, it->second);
-    }
     if (call.error) return call.end(call.error);
     if (!p) return cudaSuccess;
     if (cudaError_t e = forbidden_in_capture()) return call.end(e);
@@ -188,7 +193,7 @@ cudaError_t cudaMallocHost(void **p, size_t bytes) { return cudaHostAlloc(p, byt
 
 cudaError_t cudaFreeHost(void *p) {
     Call call;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     if (!p) return cudaSuccess;
     if (cudaError_t e = forbidden_in_capture()) return call.end(e);
     auto it = host_blocks().find((uintptr_t)p);
@@ -215,7 +220,7 @@ cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned) {
 }
 cudaError_t cudaHostUnregister(void *p) {
     Call call;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     auto it = host_blocks().find((uintptr_t)p);
     if (it == host_blocks().end() || !it->second.registered) return call.end(cudaErrorHostMemoryNotRegistered);
     drain_all();

@@ -16,16 +16,16 @@ namespace cuda_emulation {
 
 struct Settings {
     uint64_t seed;
-    int devices, capability, driver;
+    int devices, capability, images, driver;
     size_t memory;
-    bool quiet;
+    bool quiet, vague_blas;
 };
 Settings &settings();
 uint32_t random_below(uint32_t n); /* from the seed's generator; 0 where the seed is 0 */
 
 int &current_device(); /* of this host thread */
-cudaError_t lasting(); /* the error that stays */
-void set_lasting(cudaError_t);
+cudaError_t lasting(); /* the error that stays, of the current device */
+void set_lasting(cudaError_t, int device);
 cuda_emulation_alive_t &alive();
 
 /* Keeps and prints a report; `what` names the culprit. */
@@ -34,7 +34,7 @@ void report(cudaError_t, const std::string &what);
 /* One call of the interface: holds the lock, counts, and knows whether the call must fail. */
 class Call {
   public:
-    enum Kind { USES_DEVICE, ANYWHERE };
+    enum Kind { USES_DEVICE, NEEDS_DRIVER, ANYWHERE }; /* the first makes the device's context, and needs a sound one */
     explicit Call(Kind = USES_DEVICE);
     ~Call();
     Call(const Call &) = delete;
@@ -48,7 +48,9 @@ bool in_device_memory(const void *p); /* the address range of devices, allocated
 /* "" if [p, p + bytes) lies in one device allocation, else what is wrong. */
 std::string device_fault(const void *p, size_t bytes);
 bool is_pinned(const void *p, size_t bytes);
-void free_all_device_memory();
+void forget_memory(); /* all of it, as when the process ends; likewise: */
+void forget_objects();
+void forget_handles();
 /* A read or write by a copy or a cuBLAS routine: checks the range (device or pinned), tells ThreadSanitizer; false: reported. */
 bool touch(const void *p, size_t bytes, bool write, const char *who);
 

@@ -124,8 +124,10 @@ bool ready(const Op &op) {
     return true;
 }
 
-void run(Op &op, Context &context) {
+void run(Op &op, Context &context, int device) {
     void *host = tsan_get_current_fiber();
+    const int current = current_device();
+    current_device() = device;
     cudaError_t error = lasting();
     if (op.work && !error) error = work_fault();
     tsan_switch_to_fiber(context.tsan);
@@ -137,7 +139,8 @@ void run(Op &op, Context &context) {
     op.work = nullptr; /* here, where what it holds was read */
     tsan_release(&op.finished);
     tsan_switch_to_fiber(host);
-    if (error) set_lasting(error);
+    if (error) set_lasting(error, device);
+    current_device() = current;
     op.done = true;
     op.after.clear();
 }
@@ -155,7 +158,7 @@ bool step() {
         for (cudaStream_t other : able)
             if (other->queue.front()->number < s->queue.front()->number) s = other;
     OpPtr op = s->queue.front();
-    run(*op, s->context);
+    run(*op, s->context, s->device);
     s->queue.pop_front();
     if (s->queue.empty() && has(queues().leaving, s)) {
         drop(queues().leaving, s);
@@ -296,12 +299,27 @@ void drop_all_work() {
     }
 }
 
+void forget_objects() { /* drop_all_work() came before */
+    Queues &q = queues();
+    for (cudaStream_t s : q.streams) delete s;
+    for (cudaEvent_t e : q.events) delete e;
+    for (cudaGraph_t g : q.graphs) delete g;
+    for (cudaGraphExec_t x : q.execs) delete x;
+    q.streams.clear();
+    q.leaving.clear();
+    q.legacy.clear();
+    q.events.clear();
+    q.graphs.clear();
+    q.execs.clear();
+    alive().streams = alive().events = alive().graphs = alive().graph_execs = 0;
+}
+
 void enqueue(const Launch &launch, cudaStream_t stream) {
     const void *site = __builtin_return_address(0);
     Call call;
     cudaError_t e = call.error;
     const dim3 g = launch.grid, b = launch.block;
-    if (!e && settings().capability < 80) e = cudaErrorNoKernelImageForDevice;
+    if (!e && settings().capability < settings().images) e = cudaErrorNoKernelImageForDevice;
     if (!e && (!g.x || !g.y || !g.z || !b.x || !b.y || !b.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535 ||
                b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024))
         e = cudaErrorInvalidConfiguration;
@@ -465,7 +483,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     Call call;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     cudaStream_t s = stream_of(handle);
     if (!s || is_legacy(s)) return call.end(cudaErrorInvalidResourceHandle);
     if (s->capture) {
@@ -528,7 +546,7 @@ cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlag
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
     Call call;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     if (!has(queues().events, event)) return call.end(cudaErrorInvalidResourceHandle);
     drop(queues().events, event);
     delete event;
@@ -635,7 +653,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
 cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *graph) {
     Call call;
     if (graph) *graph = nullptr;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     cudaStream_t s = stream_of(handle);
     if (!s) return call.end(cudaErrorInvalidResourceHandle);
     if (!s->capture) return call.end(cudaErrorIllegalState);
@@ -685,7 +703,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
 
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
     Call call;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     if (!has(queues().graphs, graph)) return call.end(cudaErrorInvalidValue);
     drop(queues().graphs, graph);
     delete graph;
@@ -770,7 +788,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
     Call call;
-    if (call.error && !lasting()) return call.end(call.error);
+    if (call.error) return call.end(call.error);
     if (!has(queues().execs, exec)) return call.end(cudaErrorInvalidValue);
     drain_all(); /* launches of it may be queued */
     drop(queues().execs, exec);
@@ -796,6 +814,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *kernel) {
     Call call;
     if (call.error) return call.end(call.error);
     if (!a || !kernel) return call.end(a ? cudaErrorInvalidDeviceFunction : cudaErrorInvalidValue);
+    if (settings().capability < settings().images) return call.end(cudaErrorNoKernelImageForDevice);
     memset(a, 0, sizeof *a);
     auto it = queues().shared_limits.find(kernel);
     a->maxThreadsPerBlock = 1024;
