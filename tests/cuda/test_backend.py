@@ -397,7 +397,7 @@ def test_no_memory_for_what_cuda_loads_late(
             told.append(str(error))
         emulation.lib.cuda_emulation_fail_call(0, 0)
         np.testing.assert_array_equal(generate(model, **options).sequences, want)
-    assert len(told) > 6
+    assert len(told) > 3
     assert all(re.search(r"no memory (while|for) .*MiB are free|page-locked", text) for text in told), told
 
 
