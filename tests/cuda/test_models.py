@@ -1,4 +1,4 @@
-"""Whole models on CUDA against the CPU backend, which other tests compare with transformers."""
+"""Whole models on CUDA against the CPU backend, which other tests compare with transformers; one trio with both."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from oracle import (
     ARCHITECTURES,
     FULL,
     ModelZoo,
+    Transfer,
+    assert_greedy,
     assert_logits_close,
     details,
     kl_divergence,
+    load_hf,
     load_rast,
     random_prompts,
 )
@@ -64,6 +67,20 @@ def test_architectures(zoo: ModelZoo, arch: str) -> None:
     for ids in prompts:
         assert_logits_close(cuda.forward(ids), cpu.forward(ids), context=f"{arch}, {len(ids)} tokens")
     assert_same(*(details(model, prompts, max_new_tokens=8, do_sample=False) for model in (cuda, cpu)))
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "qwen3", "mistral"] if FULL else ["qwen2", "llama"])
+def test_trio_against_transformers(zoo: ModelZoo, arch: str) -> None:
+    """Prefill, steps and greedy choice of HuggingFace's own code, with nothing of the CPU backend in between."""
+    base, expert, anti = zoo.trio(arch)
+    cuda = load_rast(base, expert, anti, device="cuda")
+    oracle = Transfer(load_hf(base), [(load_hf(expert), load_hf(anti), 0.7)])
+    prompts = np.stack(random_prompts(3, cuda.vocab_size, low=33, high=33))
+    assert_logits_close(cuda.forward(prompts, transfer_strength=0.7), oracle(prompts), context="prefill")
+    out = details(cuda, prompts, transfer_strength=0.7, max_new_tokens=12, do_sample=False)
+    assert_logits_close(np.stack(out.logits, axis=1), oracle(out.sequences[:, :-1])[:, 32:], context="steps")
+    for row in out.sequences:
+        assert_greedy(oracle, row, 33)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
