@@ -4,8 +4,8 @@
  * sum in registers, takes statistics and draws; what it has found goes to scratch, one record a unit, so that nothing
  * depends on how many warps there are. The block that is the last of its output to have swept then finishes: it merges
  * the records in a fixed order and adds the few ids that could not be decided before: uncommon ids, whose value is a
- * log-sum-exp over all others, and what top-k, top-p and min-p leave (select.h). Sums, processors and random numbers have the CPU's roundings (never compile this
- * with fast math), draws are decided in double.
+ * log-sum-exp over all others, and what top-k, top-p and min-p leave (select.h). Sums, processors and random numbers
+ * have the CPU's roundings (never compile this with fast math), draws are decided in double.
  */
 #include "kernels.h"
 
