@@ -121,8 +121,12 @@ static void test_dot(const cpu_kernels *k) {
     for (int32_t wt = 0; wt < RAST_N_DTYPES; wt++)
         for (int32_t xt = 0; xt < RAST_N_DTYPES; xt++)
             for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
-                for (int round = 0; round < (depths[d] < 1000 ? 4 : 1); round++) {
-                    const size_t depth = depths[d], n_out = 1 + below(depth < 1000 ? 19 : 70), n_rows = 1 + below(13);
+                for (int round = 0; round < (depths[d] < 1000 ? 4 : depths[d] < 4000 ? 2 : 1); round++) {
+                    const size_t depth = depths[d];
+                    size_t n_out = 1 + below(depth < 1000 ? 19 : 70),
+                           n_rows = 1 + below(depth < 1000 && round ? 45 : 13);
+                    if (depth > 1000 && round)
+                        n_out = 65 + below(10), n_rows = 13 + below(16); /* several of all parts */
                     const size_t y_stride = n_out + below(3);
                     array w = array_random(n_out * depth, wt, k), x = array_random(n_rows * depth, xt, k);
                     array y = array_new(n_rows * y_stride, RAST_F32), one = array_new(1, RAST_F32);
