@@ -47,25 +47,30 @@ typedef enum {
     RAST_F32 = 0,
     RAST_BF16 = 1,
     RAST_F16 = 2,
-    /* Matrices only. A row is blocks of a group of elements, little-endian and without padding; d and m are f16. The first
-     * three are GGUF's types of that name. */
+    /* Matrices only. A row is blocks of a group of elements, little-endian and without padding; d and m are f16. GGUF's types
+     * of that name. */
     RAST_Q8_0 = 3, /* group 32: d, 32 int8 q; d * q */
     RAST_Q4_0 = 4, /* group 32: d, 16 bytes; d * (q - 8) */
     RAST_Q4_1 =
         5, /* group 32: d, m, 16 bytes; d * q + m; byte i holds q[i] in its low half and q[i + 16] in its high */
-    RAST_Q4_64 =
-        6, /* group 64: d, m, 32 bytes; d * q + m; bytes 0 to 15 hold q[0 .. 31] like that, the others q[32 .. 63] */
+    /* Matrices only; what rast_quantize makes. Rows lie in tiles of RAST_TILE_ROWS, the last one padded with zeros: a tile is blocks
+     * of a group of each row, and a block all rows' d, all rows' m, then their q in words of 4 bytes: word 0 of all rows, word 1 of
+     * all rows, ... */
+    RAST_INT8 = 6,    /* group 32: as Q8_0 */
+    RAST_INT4 = 7,    /* group 32: as Q4_1 */
+    RAST_INT4_64 = 8, /* group 64: d, m, 32 bytes; as Q4_1, bytes 0 to 15 for q[0 .. 31], the others for q[32 .. 63] */
 } rast_dtype;
 #define RAST_N_DTYPES 3 /* of activations, vectors and rounding: the floats */
-#define RAST_N_TYPES 7
+#define RAST_N_TYPES 9
+#define RAST_TILE_ROWS 16
 
 typedef struct {
     const char *name; /* HuggingFace name, e.g. "model.layers.0.self_attn.q_proj.weight" */
     const void *data; /* row-major; aligned to its element; on the CPU it must stay valid and unchanged while the model
                          lives; other devices have their own copy when rast_model_new returns */
-    int32_t dtype;    /* rast_dtype as stored; from RAST_Q8_0 on: rows of blocks, shape[1] a multiple of the group */
+    int32_t dtype;    /* rast_dtype as stored; from RAST_Q8_0 on: blocks, shape[1] a multiple of the group */
     int32_t n_dims;   /* 1 or 2 */
-    size_t shape[2];  /* [out, in] for a matrix, [n] for a vector */
+    size_t shape[2];  /* [out, in] for a matrix, where `out` counts all rows of tiles; [n] for a vector */
 } rast_tensor;
 
 typedef struct {
@@ -136,12 +141,14 @@ RAST_API void rast_model_net_info(const rast_model *model, size_t net, rast_net_
 RAST_API size_t rast_type_group(int32_t type);
 /* Bytes of a row of n elements; 0: n is not a multiple of the group, or too large. */
 RAST_API size_t rast_row_bytes(int32_t type, size_t n);
-/* Quantizes n_rows rows of n elements of a float type to out, rows of rast_row_bytes(type, n): to nearest, for
- * type RAST_Q8_0 (q within -127 .. 127), RAST_Q4_1 or RAST_Q4_64. A group with NaN or Inf becomes NaN. */
+/* How many rows are stored for n: those of whole tiles, where a type has tiles. */
+RAST_API size_t rast_stored_rows(int32_t type, size_t n);
+/* Quantizes n_rows rows of n elements of a float type to out, rast_stored_rows(type, n_rows) of rast_row_bytes(type, n): to nearest,
+ * for type RAST_INT8 (q within -127 .. 127), RAST_INT4 or RAST_INT4_64. A group with NaN or Inf becomes NaN. */
 RAST_API int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out,
                            rast_error *err);
 
-/* The elements of n_rows rows of n elements of any type, as float32. */
+/* The elements of n_rows rows of n elements of any type, from the first row of a tile on, as float32. */
 RAST_API int rast_dequantize(const void *rows, int32_t type, size_t n_rows, size_t n, float *out, rast_error *err);
 
 /* Writes the names of the ISAs that this machine can run, best last, into out[]; returns how many. */

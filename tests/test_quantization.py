@@ -25,21 +25,45 @@ from rast import _core
 from rast.loading import load_net, quantization_by_role
 
 Kind = gguf.GGMLQuantizationType
-TYPES = {"int8": "Q8_0", "int4": "Q4_1", "int4-64": "Q4_64"}
-BLOCKS = {"Q8_0": (32, 34), "Q4_1": (32, 20), "Q4_64": (64, 36)}
+# What the core quantizes to, and GGUF's type with the same blocks, row by row.
+TYPES = {"int8": "Q8_0", "int4": "Q4_1", "int4-64": ""}
+BLOCKS = {"int8": (32, 34), "int4": (32, 20), "int4-64": (64, 36)}
+TILE = _core.TILE_ROWS
 
 
 def matrices(path: Path, **options: Any) -> dict[str, tuple[np.ndarray, str]]:
     return {name: tensor for name, tensor in load_net(path, **options).tensors.items() if tensor[0].ndim == 2}
 
 
-def dequantized(rows: np.ndarray, dtype: str) -> np.ndarray:
+def quantized(matrix: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 to a type of the core, or by the gguf library to one of its own."""
+    if dtype not in BLOCKS:
+        return gguf.quants.quantize(matrix, Kind[dtype])
+    group, block = BLOCKS[dtype]
+    out = np.full((-(-len(matrix) // TILE) * TILE, matrix.shape[1] // group * block), 77, np.uint8)
+    _core.quantize(matrix, "F32", dtype, out)
+    return out
+
+
+def from_tiles(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Rows of blocks, those that fill up the last tile included."""
+    head = 2 if dtype == "int8" else 4
+    blocks = stored.reshape(len(stored) // TILE, -1, TILE * BLOCKS[dtype][1])  # of a tile
+    scales = blocks[..., : TILE * head].reshape(*blocks.shape[:2], head // 2, TILE, 2)
+    words = blocks[..., TILE * head :].reshape(*blocks.shape[:2], -1, TILE, 4)
+    by_row = [part.transpose(0, 3, 1, 2, 4).reshape(len(stored), blocks.shape[1], -1) for part in (scales, words)]
+    return np.concatenate(by_row, axis=2).reshape(len(stored), -1)
+
+
+def dequantized(stored: np.ndarray, dtype: str, n_rows: int) -> np.ndarray:
     """By the gguf library; a block of 64 is two of its blocks of 32 with the same scale and minimum."""
-    if dtype == "Q4_64":
+    rows = from_tiles(stored, dtype) if dtype in BLOCKS else stored
+    if dtype == "int4-64":
         blocks = rows.reshape(-1, 36)
         halves = [np.concatenate([blocks[:, :4], blocks[:, 4 + at : 20 + at]], axis=1) for at in (0, 16)]
-        rows, dtype = np.stack(halves, axis=1).reshape(len(rows), -1), "Q4_1"
-    return gguf.quants.dequantize(np.ascontiguousarray(rows), Kind[dtype])
+        rows, dtype = np.stack(halves, axis=1).reshape(len(rows), -1), "int4"
+    assert not rows[n_rows:].any()
+    return gguf.quants.dequantize(np.ascontiguousarray(rows[:n_rows]), Kind[TYPES.get(dtype, dtype)])
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -48,19 +72,20 @@ def dequantized(rows: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", TYPES)
 def test_quantized_at_load(name: str, dtype: str, zoo: ModelZoo) -> None:
-    folder = zoo.folder("llama", dtype=dtype, hidden_size=192, intermediate_size=320, vocab_size=96)
+    folder = zoo.folder("llama", dtype=dtype, hidden_size=192, intermediate_size=320, vocab_size=101)
     steps: list[tuple[str, int, int]] = []
     net = load_net(folder, quantization=name, progress=lambda *args: steps.append(args))
     floats = {key: t.float().numpy() for key, t in load_file(folder / "model.safetensors").items()}
     assert (net.dtype, net.warnings) == (dtype, [])
-    assert net.weight_types().keys() == {TYPES[name], {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}
+    assert net.weight_types().keys() == {name, {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}
     for key, (array, stored) in net.tensors.items():
         if array.ndim == 1:
             assert is_mapped(array)
             continue
-        assert stored == TYPES[name]
+        assert stored == name
         group = BLOCKS[stored][0]
-        want, got = floats[key].reshape(-1, group), dequantized(array, stored).reshape(-1, group)
+        want = floats[key].reshape(-1, group)
+        got = dequantized(array, stored, len(floats[key])).reshape(-1, group)
         step = np.abs(want).max(1) / 127 if name == "int8" else np.ptp(want, axis=1) / 15
         rounding = np.abs(want).max(1) * 2**-10  # scale and minimum are float16
         assert (np.abs(got - want) <= (0.501 * step + rounding)[:, None]).all(), key
@@ -116,11 +141,10 @@ def test_gguf_to_another_type(kind: Kind, name: str, tmp_path: Path) -> None:
         assert is_mapped(array) == in_place
         if in_place:
             continue
-        assert stored == TYPES[name]
-        source, want = raw[gguf_name(key)], np.empty_like(array)
+        assert stored == name
+        source = raw[gguf_name(key)]
         exact = gguf.quants.dequantize(source.data, source.tensor_type).astype(np.float32)
-        _core.quantize(exact, "F32", stored, want)
-        np.testing.assert_array_equal(array, want, err_msg=key)
+        np.testing.assert_array_equal(array, quantized(exact, stored), err_msg=key)
     assert bool(steps) != in_place
     if steps:
         assert {what for what, _, _ in steps} == {"quantizing model.gguf"}
@@ -145,7 +169,7 @@ def test_rows_that_are_no_multiple_of_the_group(zoo: ModelZoo, tmp_path: Path) -
     with pytest.warns(UserWarning, match=r"2 matrices stay .* multiple of 64 .*down_proj.*rows of 96"):
         model = load_rast(path, quantization="int4-64", dtype="auto")
     (facts,) = model.info()["nets"]
-    assert list(facts["weight_types"]) == ["Q4_64", "Q8_0", "F32"]
+    assert list(facts["weight_types"]) == ["int4-64", "Q8_0", "F32"]
     assert facts["weight_bytes"] == sum(facts["weight_types"].values())
     assert np.isfinite(model.forward(np.arange(9))).all()
 
@@ -183,8 +207,8 @@ def trio(zoo: ModelZoo) -> tuple[Path, Path, Path]:
 
 def test_each_role_as_asked(trio: tuple[Path, ...]) -> None:
     model = load_rast(*trio, quantization={"base": "int4", "expert": "int8"})
-    assert [next(iter(net["weight_types"])) for net in model.info()["nets"]] == ["Q4_1", "Q8_0", "BF16"]
-    assert "weights Q8_0" in repr(model)
+    assert [next(iter(net["weight_types"])) for net in model.info()["nets"]] == ["int4", "int8", "BF16"]
+    assert "weights int8" in repr(model)
     with pytest.raises(ValueError, match="int5"):
         load_rast(*trio, quantization="int5")
     with pytest.raises(ValueError, match="role 'antiexpert'"):
@@ -215,11 +239,11 @@ def test_command_line(trio: tuple[Path, ...]) -> None:
     shown = rast_info("--quantization", "base=int4-64, expert=int8", "--json")
     assert shown.returncode == 0, shown.stderr
     assert [list(net["weight_types"]) for net in json.loads(shown.stdout)["nets"]] == [
-        ["Q4_64", "BF16"],
-        ["Q8_0", "BF16"],
+        ["int4-64", "BF16"],
+        ["int8", "BF16"],
     ]
     shown = rast_info("--quantization", "int8")
-    assert "stored as" in shown.stdout and shown.stdout.count("Q8_0, BF16") == 2
+    assert "stored as" in shown.stdout and shown.stdout.count("int8, BF16") == 2
     for value, message in (("int2", "int2"), ("base=int8,int4", "ROLE=NAME"), ("bass=int8", "'bass'")):
         shown = rast_info("--quantization", value)
         assert shown.returncode == 2
@@ -245,25 +269,22 @@ def logits_of(net: Any, ids: np.ndarray, isa: str) -> np.ndarray:
     return result["prompt"]["logits"]
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_64"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", *BLOCKS])
 def test_products_are_those_of_the_dequantized_weights(kind: str, isa: str, tmp_path: Path) -> None:
     """A head of quantized rows, under a body of floats: the logits are those of the gguf library's values, but for
     the hidden state's own rounding to 8 bits, which is computed here too and bounded."""
-    save_model(tmp_path, hidden_size=64, vocab_size=96)
+    n_vocab = 101
+    save_model(tmp_path, hidden_size=64, vocab_size=n_vocab)
     net = load_net(tmp_path)
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 96, 40)
-    rows = np.eye(96, 64, dtype=np.float32)
+    ids = rng.integers(0, n_vocab, 40)
+    rows = np.eye(n_vocab, 64, dtype=np.float32)
     net.tensors["lm_head.weight"] = rows, "F32"
     hidden = logits_of(net, ids, isa)[:, :64].astype(np.float64)
 
-    weights = rng.standard_normal((96, 64)).astype(np.float32) * rng.uniform(0.1, 10, (96, 1)).astype(np.float32)
-    if kind == "Q4_64":
-        raw = np.empty((96, 36), np.uint8)
-        _core.quantize(weights, "F32", kind, raw)
-    else:
-        raw = gguf.quants.quantize(weights, Kind[kind])
-    head = dequantized(raw, kind).astype(np.float64)
+    weights = rng.standard_normal((n_vocab, 64)) * rng.uniform(0.1, 10, (n_vocab, 1))
+    raw = quantized(weights.astype(np.float32), kind)
+    head = dequantized(raw, kind, n_vocab).astype(np.float64)
     net.tensors["lm_head.weight"] = raw, kind
     got = logits_of(net, ids, isa)
 
@@ -276,20 +297,15 @@ def test_products_are_those_of_the_dequantized_weights(kind: str, isa: str, tmp_
     np.testing.assert_array_less(np.abs(got - hidden @ head.T), bound + 1e-5 * sizes)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_64"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", *BLOCKS])
 def test_embedding_rows_are_the_dequantized_ones(kind: str, isa: str, tmp_path: Path) -> None:
-    save_model(tmp_path, hidden_size=64, vocab_size=96)
+    save_model(tmp_path, hidden_size=64, vocab_size=101)
     net = load_net(tmp_path)
-    ids = np.random.default_rng(0).integers(0, 96, 30)
-    embedding = net.tensors["model.embed_tokens.weight"][0]
-    if kind == "Q4_64":
-        raw = np.empty((96, 36), np.uint8)
-        _core.quantize(embedding, "F32", kind, raw)
-    else:
-        raw = gguf.quants.quantize(embedding, Kind[kind])
+    ids = np.arange(101)
+    raw = quantized(net.tensors["model.embed_tokens.weight"][0], kind)
     net.tensors["model.embed_tokens.weight"] = raw, kind
     got = logits_of(net, ids, isa)
-    net.tensors["model.embed_tokens.weight"] = np.ascontiguousarray(dequantized(raw, kind)), "F32"
+    net.tensors["model.embed_tokens.weight"] = np.ascontiguousarray(dequantized(raw, kind, 101)), "F32"
     np.testing.assert_array_equal(got, logits_of(net, ids, isa))
 
 
@@ -424,10 +440,12 @@ def test_values_that_cannot_be_quantized(tmp_path: Path) -> None:
         (np.zeros((96, 34), np.uint8), "Q8_0", ValueError, r"shape \[96, 32\], the config asks for \[96, 64\]"),
         (np.zeros((96, 136), np.uint8)[:, ::2], "Q8_0", ValueError, "C-contiguous"),
         (np.zeros((96, 34), np.uint8), "Q5_0", ValueError, "'Q5_0' is not one of F32, BF16, F16, Q8_0, Q4_0, Q4_1"),
+        (np.zeros((101, 68), np.uint8), "int8", ValueError, r"shape \[101, 64\], the config asks for \[112, 64\]"),
+        (np.zeros((112, 34), np.uint8), "int4-64", ValueError, "blocks of 36 bytes"),
     ],
 )
 def test_bad_tensors(array: np.ndarray, dtype: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
-    save_model(tmp_path, hidden_size=64, vocab_size=96)
+    save_model(tmp_path, hidden_size=64, vocab_size=101 if dtype == "int8" else 96)
     net = load_net(tmp_path)
     tensors = net.tensors | {"lm_head.weight": (array, dtype)}
     with pytest.raises(kind, match=message):
@@ -438,18 +456,19 @@ def test_bad_tensors(array: np.ndarray, dtype: str, kind: type[Exception], messa
 
 
 def test_bad_arguments_of_quantize() -> None:
-    rows, out = np.zeros((4, 64), np.float32), np.zeros((4, 68), np.uint8)
-    _core.quantize(rows, "F32", "Q8_0", out)
+    rows, out = np.zeros((17, 64), np.float32), np.zeros((32, 68), np.uint8)
+    _core.quantize(rows, "F32", "int8", out)
     for args, kind in (
-        ((rows, "F32", "Q8_0", out[:3]), ValueError),
-        ((rows, "F32", "Q4_1", out), ValueError),
-        ((rows[:, :33].copy(), "F32", "Q8_0", out), ValueError),
-        ((rows, "BF16", "Q8_0", out), TypeError),
-        ((rows[:, ::2], "F32", "Q8_0", out), TypeError),
-        ((rows, "F32", "Q8_0", out[:, ::-1]), TypeError),
-        ((rows.view(np.uint8), "Q8_0", "Q8_0", out), TypeError),
-        ((rows, "F32", "Q4_0", np.zeros((4, 36), np.uint8)), NotImplementedError),
-        ((rows, "F32", "F32", np.zeros((4, 256), np.uint8)), NotImplementedError),
+        ((rows, "F32", "int8", out[:17]), ValueError),
+        ((rows, "F32", "int4", out), ValueError),
+        ((rows[:, :33].copy(), "F32", "int8", out), ValueError),
+        ((rows, "BF16", "int8", out), TypeError),
+        ((rows[:, ::2], "F32", "int8", out), TypeError),
+        ((rows, "F32", "int8", out[:, ::-1]), TypeError),
+        ((rows.view(np.uint8), "Q8_0", "int8", out), TypeError),
+        ((rows, "F32", "Q4_0", np.zeros((17, 36), np.uint8)), NotImplementedError),
+        ((rows, "F32", "Q8_0", np.zeros((17, 68), np.uint8)), NotImplementedError),
+        ((rows, "F32", "F32", np.zeros((17, 256), np.uint8)), NotImplementedError),
         ((rows, "F32", "Q3", out), ValueError),
     ):
         with pytest.raises(kind):
@@ -457,7 +476,7 @@ def test_bad_arguments_of_quantize() -> None:
     read_only = out.copy()
     read_only.flags.writeable = False
     with pytest.raises(TypeError):
-        _core.quantize(rows, "F32", "Q8_0", read_only)
+        _core.quantize(rows, "F32", "int8", read_only)
 
 
 @pytest.fixture(scope="module")

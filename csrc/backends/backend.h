@@ -149,7 +149,8 @@ typedef struct rast_ops { /* recorded ops cannot fail; submit and wait return th
     int (*alloc)(rast_ctx *, size_t bytes, int kind, rast_dev *, rast_error *);
     void (*release)(rast_ctx *, rast_dev); /* 0 is allowed */
     int (*memory)(rast_ctx *, rast_memory *, rast_error *);
-    /* Makes a tensor usable by ops; CPU: an alias of the tensor's own memory. act_type: of the activations that a matrix
+    /* Makes a tensor usable by ops; CPU: an alias of the tensor's own memory. Its shape counts the matrix's rows, without those
+     * that fill up its last tile. act_type: of the activations that a matrix
      * will be multiplied with, which a device may turn the matrix into. unbind undoes it. */
     int (*bind)(rast_ctx *, const rast_tensor *, int32_t act_type, rast_weight *, rast_error *);
     void (*unbind)(rast_ctx *, rast_weight *);
@@ -200,7 +201,7 @@ static inline size_t rast_kv_bytes(int32_t n_kv_heads, int32_t head_dim, int32_t
 extern const rast_ops rast_cpu_ops;
 
 /* A backend in a shared object of its own exports one of these as `rast_backend_plugin`. */
-enum { RAST_PLUGIN_ABI = 3 }; /* changes with anything in this file or rast.h that a backend sees */
+enum { RAST_PLUGIN_ABI = 4 }; /* changes with anything in this file or rast.h that a backend sees */
 typedef struct {
     uint32_t abi;
     size_t ops_bytes; /* sizeof(rast_ops) */

@@ -6,11 +6,16 @@
 #include <string.h>
 
 static const struct {
-    uint8_t group, bytes; /* of a block */
+    uint8_t group, bytes; /* of a row's block */
+    uint8_t scales, bits; /* f16 in it before the q; of a q */
 } types[RAST_N_TYPES] = {
-    [RAST_F32] = {1, 4},    [RAST_BF16] = {1, 2},   [RAST_F16] = {1, 2},     [RAST_Q8_0] = {32, 34},
-    [RAST_Q4_0] = {32, 18}, [RAST_Q4_1] = {32, 20}, [RAST_Q4_64] = {64, 36},
+    [RAST_F32] = {1, 4, 0, 32},    [RAST_BF16] = {1, 2, 0, 16},   [RAST_F16] = {1, 2, 0, 16},
+    [RAST_Q8_0] = {32, 34, 1, 8},  [RAST_Q4_0] = {32, 18, 1, 4},  [RAST_Q4_1] = {32, 20, 2, 4},
+    [RAST_INT8] = {32, 34, 1, 8},  [RAST_INT4] = {32, 20, 2, 4},  [RAST_INT4_64] = {64, 36, 2, 4},
 };
+enum { TILE = RAST_TILE_ROWS, MAX_GROUP = 64, MAX_BLOCK = 36 };
+
+static int has_tiles(int32_t type) { return type >= RAST_INT8; }
 
 size_t rast_type_group(int32_t type) { return type < 0 || type >= RAST_N_TYPES ? 0 : types[type].group; }
 
@@ -18,6 +23,10 @@ size_t rast_row_bytes(int32_t type, size_t n) {
     const size_t group = rast_type_group(type);
     size_t bytes;
     return group && n % group == 0 && rast_mul(n / group, types[type].bytes, &bytes) ? bytes : 0;
+}
+
+size_t rast_stored_rows(int32_t type, size_t n) {
+    return has_tiles(type) && n <= SIZE_MAX - TILE ? (n + TILE - 1) / TILE * TILE : n;
 }
 
 /* ---- floats --------------------------------------------------------------------------------------------------------- */
@@ -55,7 +64,7 @@ static void read_group(const void *row, size_t at, size_t n, int32_t dtype, floa
         memcpy(x, (const float *)row + at, n * sizeof *x);
         return;
     }
-    uint16_t h[64];
+    uint16_t h[MAX_GROUP];
     memcpy(h, (const uint16_t *)row + at, n * sizeof *h);
     if (dtype == RAST_BF16)
         for (size_t i = 0; i < n; i++) x[i] = from_bits((uint32_t)h[i] << 16);
@@ -101,7 +110,7 @@ static int quantize_8(const float *x, uint8_t *out) {
 }
 
 static int quantize_4(const float *x, size_t n, uint8_t *out) {
-    int8_t q[64];
+    int8_t q[MAX_GROUP];
     float lo = x[0], hi = x[0];
     for (size_t i = 1; i < n; i++) {
         lo = x[i] < lo ? x[i] : lo;
@@ -116,37 +125,62 @@ static int quantize_4(const float *x, size_t n, uint8_t *out) {
     return d < 0x7c00 && (m & 0x7fff) < 0x7c00;
 }
 
+/* Where byte `at` of a row's block lies in the tile's, and how many bytes follow it there. */
+static size_t place_in_tile(size_t at, size_t lane, int32_t type, size_t *n) {
+    *n = at < 2u * types[type].scales ? 2 : 4;
+    return at * TILE + lane * *n;
+}
+
+static void put_into_tile(uint8_t *tile, size_t lane, int32_t type, const uint8_t *block) {
+    for (size_t at = 0, n; at < types[type].bytes; at += n) {
+        uint8_t *to = tile + place_in_tile(at, lane, type, &n);
+        memcpy(to, block + at, n);
+    }
+}
+
+static void take_from_tile(const uint8_t *tile, size_t lane, int32_t type, uint8_t *block) {
+    for (size_t at = 0, n; at < types[type].bytes; at += n) {
+        const uint8_t *from = tile + place_in_tile(at, lane, type, &n);
+        memcpy(block + at, from, n);
+    }
+}
+
 int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out, rast_error *err) {
     if (dtype < 0 || dtype >= RAST_N_DTYPES)
         return rast_fail(err, RAST_ERR_UNSUPPORTED, "dtype %d cannot be quantized", dtype);
-    if (type != RAST_Q8_0 && type != RAST_Q4_1 && type != RAST_Q4_64)
+    if (type < 0 || type >= RAST_N_TYPES || !has_tiles(type))
         return rast_fail(err, RAST_ERR_UNSUPPORTED, "cannot quantize to type %d", type);
-    const size_t group = rast_type_group(type), block = types[type].bytes, size = types[dtype].bytes;
+    const size_t group = types[type].group, bytes = types[type].bytes, size = types[dtype].bytes;
     if (n % group)
         return rast_fail(err, RAST_ERR_VALUE, "rows of %zu are not a multiple of the groups of %zu", n, group);
-    uint8_t *to = out;
-    float x[64] = {0};
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t at = 0; at < n; at += group, to += block) {
+    const size_t row_bytes = n / group * bytes;
+    float x[MAX_GROUP] = {0};
+    uint8_t block[MAX_BLOCK];
+    if (n_rows % TILE) memset((uint8_t *)out + n_rows / TILE * TILE * row_bytes, 0, TILE * row_bytes);
+    for (size_t r = 0; r < n_rows; r++) {
+        uint8_t *tile = (uint8_t *)out + r / TILE * TILE * row_bytes;
+        for (size_t at = 0; at < n; at += group, tile += TILE * bytes) {
             read_group((const char *)rows + r * n * size, at, group, dtype, x);
             if (!all_finite(x, group)) {
-                memset(to, 0, block);
-                put_half(to, 0x7e00);
-            } else if (!(type == RAST_Q8_0 ? quantize_8(x, to) : quantize_4(x, group, to))) {
+                memset(block, 0, bytes);
+                put_half(block, 0x7e00);
+            } else if (!(types[type].bits == 8 ? quantize_8(x, block) : quantize_4(x, group, block))) {
                 return rast_fail(err, RAST_ERR_VALUE, "it holds values too large for a scale in float16");
             }
+            put_into_tile(tile, r % TILE, type, block);
         }
+    }
     return RAST_OK;
 }
 
 /* q = x within a block: 8 bits, or 4 (pairs 16 apart). */
 static void dequantize_block(const uint8_t *block, int32_t type, float *x) {
     const float d = from_half((uint16_t)(block[0] | block[1] << 8));
-    if (type == RAST_Q8_0) {
+    if (types[type].bits == 8) {
         for (int i = 0; i < 32; i++) x[i] = d * (float)(int8_t)block[2 + i];
         return;
     }
-    const int has_min = type != RAST_Q4_0;
+    const int has_min = types[type].scales == 2;
     const float m = has_min ? from_half((uint16_t)(block[2] | block[3] << 8)) : -8 * d;
     const uint8_t *q = block + (has_min ? 4 : 2);
     for (size_t i = 0; i < types[type].group; i += 32)
@@ -161,11 +195,18 @@ int rast_dequantize(const void *rows, int32_t type, size_t n_rows, size_t n, flo
     const size_t group = types[type].group, block = types[type].bytes;
     if (n % group)
         return rast_fail(err, RAST_ERR_VALUE, "rows of %zu are not a multiple of the groups of %zu", n, group);
-    const uint8_t *from = rows;
     if (type < RAST_N_DTYPES) {
         for (size_t i = 0; i < n_rows * n; i++) read_group(rows, i, 1, type, out + i);
         return RAST_OK;
     }
-    for (size_t i = 0; i < n_rows * n; i += group, from += block) dequantize_block(from, type, out + i);
+    const size_t tile = has_tiles(type) ? TILE : 1, row_bytes = n / group * block;
+    for (size_t r = 0; r < n_rows; r++) {
+        const uint8_t *from = (const uint8_t *)rows + r / tile * tile * row_bytes;
+        for (size_t at = 0; at < n; at += group, from += tile * block, out += group) {
+            uint8_t own[MAX_BLOCK];
+            if (tile > 1) take_from_tile(from, r % tile, type, own);
+            dequantize_block(tile > 1 ? own : from, type, out);
+        }
+    }
     return RAST_OK;
 }

@@ -108,14 +108,15 @@ static int bind_one(rast_model *m, rast_net_state *net, const tensor_index *inde
     const rast_tensor *t = find(index, name);
     if (!t) return rast_fail(err, RAST_ERR_VALUE, "%s: tensor %s is missing", net->name, name);
     const size_t n_out = dim_size(&net->config, row->out), n_in = dim_size(&net->config, row->in);
+    const size_t n_stored = rast_stored_rows(t->dtype, n_out);
     const int is_vector = row->out == D_ONE;
     if (is_vector ? t->n_dims != 1 || t->shape[0] != n_in
-                  : t->n_dims != 2 || t->shape[0] != n_out || t->shape[1] != n_in) {
+                  : t->n_dims != 2 || t->shape[0] != n_stored || t->shape[1] != n_in) {
         char expected[64], found[64];
         if (is_vector)
             snprintf(expected, sizeof expected, "[%zu]", n_in);
         else
-            snprintf(expected, sizeof expected, "[%zu, %zu]", n_out, n_in);
+            snprintf(expected, sizeof expected, "[%zu, %zu]", n_stored, n_in);
         if (t->n_dims == 1)
             snprintf(found, sizeof found, "[%zu]", t->shape[0]);
         else if (t->n_dims == 2)
@@ -128,7 +129,7 @@ static int bind_one(rast_model *m, rast_net_state *net, const tensor_index *inde
     if (!rast_type_group(t->dtype) || (is_vector && t->dtype >= RAST_N_DTYPES))
         return rast_fail(
             err, RAST_ERR_UNSUPPORTED,
-            "%s: tensor %s has dtype %d; supported: F32, BF16, F16, and for matrices Q8_0, Q4_0, Q4_1, Q4_64",
+            "%s: tensor %s has dtype %d; supported: F32, BF16, F16, and for matrices Q8_0, Q4_0, Q4_1, int8, int4, int4-64",
             net->name, name, t->dtype);
     const size_t row_bytes = rast_row_bytes(t->dtype, n_in);
     if (!row_bytes)
@@ -137,8 +138,10 @@ static int bind_one(rast_model *m, rast_net_state *net, const tensor_index *inde
                          n_in, rast_type_group(t->dtype));
     if (!t->data) return rast_fail(err, RAST_ERR_VALUE, "%s: tensor %s has no data", net->name, name);
     net->n_parameters += n_out * n_in;
-    net->weight_bytes += n_out * row_bytes;
-    int status = m->ops->bind(m->ctx, t, net->dtype, out, err);
+    net->weight_bytes += n_stored * row_bytes;
+    rast_tensor bound = *t;
+    if (!is_vector) bound.shape[0] = n_out; /* the rows that count */
+    int status = m->ops->bind(m->ctx, &bound, net->dtype, out, err);
     if (status == RAST_OK && m->ops->copies_weights) net->device_bytes += (size_t)out->out * out->stride;
     return status;
 }

@@ -11,7 +11,7 @@ static const struct {
 } dtypes[RAST_N_TYPES] = {
     [RAST_F32] = {"float32", "F32"}, [RAST_BF16] = {"bfloat16", "BF16"}, [RAST_F16] = {"float16", "F16"},
     [RAST_Q8_0] = {NULL, "Q8_0"},    [RAST_Q4_0] = {NULL, "Q4_0"},       [RAST_Q4_1] = {NULL, "Q4_1"},
-    [RAST_Q4_64] = {NULL, "Q4_64"},
+    [RAST_INT8] = {NULL, "int8"},    [RAST_INT4] = {NULL, "int4"},       [RAST_INT4_64] = {NULL, "int4-64"},
 };
 
 /* ---- from Python objects to rast_net ----------------------------------------------------------------------------- */
@@ -108,7 +108,8 @@ static int read_dtype(PyObject *value, const char *what, const char *name, int o
     if (!text) return -1;
     for (int t = 0; t < (of_tensor ? RAST_N_TYPES : RAST_N_DTYPES); t++)
         if (!strcmp(text, of_tensor ? dtypes[t].tensor : dtypes[t].net)) return t;
-    const char *known = of_tensor ? "F32, BF16, F16, Q8_0, Q4_0, Q4_1, Q4_64" : "float32, bfloat16, float16";
+    const char *known = of_tensor ? "F32, BF16, F16, Q8_0, Q4_0, Q4_1, int8, int4, int4-64"
+                                  : "float32, bfloat16, float16";
     PyErr_Format(PyExc_ValueError, "%s: %s: dtype %R is not one of %s", what, name, value, known);
     return -1;
 }
@@ -457,7 +458,7 @@ PyObject *py_cpu_isas(PyObject *module, PyObject *unused) {
     return list;
 }
 
-/* quantize(array, dtype, type, out): rows of floats to rows of blocks */
+/* quantize(array, dtype, type, out): rows of floats to tiles */
 PyObject *py_quantize(PyObject *module, PyObject *args) {
     PyArrayObject *from, *to;
     PyObject *dtype_name, *type_name;
@@ -472,8 +473,9 @@ PyObject *py_quantize(PyObject *module, PyObject *args) {
         return NULL;
     }
     const size_t n_rows = (size_t)PyArray_DIM(from, 0), n = (size_t)PyArray_DIM(from, 1);
-    if ((size_t)PyArray_DIM(to, 0) != n_rows || (size_t)PyArray_DIM(to, 1) != rast_row_bytes(type, n)) {
-        PyErr_Format(PyExc_ValueError, "quantize: out must be [%zu, %zu]", n_rows, rast_row_bytes(type, n));
+    const size_t stored = rast_stored_rows(type, n_rows);
+    if ((size_t)PyArray_DIM(to, 0) != stored || (size_t)PyArray_DIM(to, 1) != rast_row_bytes(type, n)) {
+        PyErr_Format(PyExc_ValueError, "quantize: out must be [%zu, %zu]", stored, rast_row_bytes(type, n));
         return NULL;
     }
     rast_error err = {0};

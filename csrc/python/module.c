@@ -12,10 +12,11 @@ static int module_exec(PyObject *module) {
     static const struct {
         const char *name;
         int value;
-    } flags[] = {
+    } constants[] = {
         {"WANT_LOGPROBS", RAST_WANT_LOGPROBS},     {"WANT_STATS", RAST_WANT_STATS},
         {"WANT_LOGITS", RAST_WANT_LOGITS},         {"WANT_SCORES", RAST_WANT_SCORES},
         {"WANT_COMPONENTS", RAST_WANT_COMPONENTS}, {"WANT_PROMPT", RAST_WANT_PROMPT},
+        {"TILE_ROWS", RAST_TILE_ROWS},
     };
     if (PyArray_ImportNumPyAPI() < 0) return -1;
     py_state *state = PyModule_GetState(module);
@@ -26,8 +27,8 @@ static int module_exec(PyObject *module) {
     if (!(state->model_type = add_type(module, &py_model_spec))) return -1;
     if (!(state->engine_type = add_type(module, &py_engine_spec))) return -1;
     if (!(state->session_type = add_type(module, &py_session_spec))) return -1;
-    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
-        if (PyModule_AddIntConstant(module, flags[i].name, flags[i].value)) return -1;
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value)) return -1;
     return 0;
 }
 

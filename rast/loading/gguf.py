@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .config import ARCHITECTURES, parse_config
 from .fields import Fields
 from .gguf_file import GgufFile, gguf_library
-from .quantize import AS_GOOD, NONE, QUANTIZATIONS, Quantizer
+from .quantize import AS_GOOD, BLOCKS, NONE, Quantizer
 from .weights import HEAD, QUANTIZED, STORED, Entry, Tensor, collect
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ def gguf_net(
     architecture, config = _config(file)
     entries = {_hf_name(name): entry for name, entry in file.entries.items() if name != _ROPE_FACTORS}
     target = "F32" if dtype == "float32" else "BF16"
-    asked = None if quantization is None else QUANTIZATIONS[quantization]
-    if asked is not None:
-        return architecture, config, *_quantized(file, entries, config, asked, progress)
+    if quantization is not None and quantization in BLOCKS:
+        return architecture, config, *_quantized(file, entries, config, quantization, progress)
     in_place: Collection[str] = () if dtype == "float32" or quantization == NONE else QUANTIZED
 
     def stays(entry: Entry) -> bool:

@@ -14,7 +14,7 @@ from .files import read_json
 from .gguf import gguf_net, gguf_token_ids
 from .gguf_file import read_gguf
 from .gguf_tokenizer import gguf_tokenizer
-from .quantize import QUANTIZATIONS, Quantizer, check_name
+from .quantize import BLOCKS, Quantizer, check_name
 from .safetensors import check_format, read_folder
 from .source import resolve_source
 from .tokenizer import Tokenizer
@@ -116,9 +116,9 @@ def _load_folder(folder: Path, dtype: str, quantization: str | None, progress: P
     data = read_json(config_path)
     architecture, config = parse_config(data, config_path)
     weights_path, entries = read_folder(folder)
-    asked = None if quantization is None else QUANTIZATIONS[quantization]
-    quantizer = None if asked is None else Quantizer(asked, weights_path, progress)
-    if quantizer is not None:
+    quantizer = None
+    if quantization is not None and quantization in BLOCKS:
+        quantizer = Quantizer(quantization, weights_path, progress)
         quantizer.total = sum(entry.buffer.size for entry in entries.values() if len(entry.shape) == 2)
     tensors, warnings = collect(entries, config, weights_path, quantize=quantizer)
     if quantizer is not None:

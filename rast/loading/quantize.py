@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from .. import _core
-from .weights import QUANTIZED, Tensor
+from .weights import Tensor
 
-# What a user asks for -> the stored type. "none" stands for floats, whatever the file holds.
-NONE = "none"
-QUANTIZATIONS: Mapping[str, str | None] = {NONE: None, "int8": "Q8_0", "int4": "Q4_1", "int4-64": "Q4_64"}
+# Types that matrices are quantized to -> (elements of a block, bytes of a row's block). See csrc/rast.h.
+BLOCKS: Mapping[str, tuple[int, int]] = {"int8": (32, 34), "int4": (32, 20), "int4-64": (64, 36)}
+
+NONE = "none"  # floats, whatever the file holds
+QUANTIZATIONS = (NONE, *BLOCKS)
 
 # Types that a file may hold and that are taken for what was asked for.
 AS_GOOD: Mapping[str, frozenset[str]] = {
-    "Q8_0": frozenset({"Q8_0"}),
-    "Q4_1": frozenset({"Q4_0", "Q4_1"}),
-    "Q4_64": frozenset(),
+    "int8": frozenset({"Q8_0"}),
+    "int4": frozenset({"Q4_0", "Q4_1"}),
+    "int4-64": frozenset(),
 }
 
 _CHUNK = 1 << 22  # elements a thread quantizes at a time
@@ -68,22 +70,23 @@ class Quantizer:
         self._left: list[tuple[str, int]] = []
 
     def fits(self, columns: int) -> bool:
-        return columns % QUANTIZED[self.type][0] == 0
+        return columns % BLOCKS[self.type][0] == 0
 
     def leave(self, name: str, columns: int) -> None:
         self._left.append((name, columns))
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """A matrix [rows, columns] quantized: uint8 [rows, bytes of a row]."""
+        """A matrix [rows, columns] quantized: uint8 [rows of whole tiles, bytes of a row]."""
         array, dtype = tensor
-        group, block = QUANTIZED[self.type]
+        group, block = BLOCKS[self.type]
+        tile = _core.TILE_ROWS
         rows, columns = array.shape
         if not self.fits(columns):
             self.leave(name, columns)
             self._advance(array.nbytes)
             return tensor
-        out = np.empty((rows, columns // group * block), np.uint8)
-        step = max(1, _CHUNK // max(1, columns))
+        out = np.empty((-(-rows // tile) * tile, columns // group * block), np.uint8)
+        step = max(1, _CHUNK // max(1, columns * tile)) * tile
 
         def part(begin: int) -> int:
             chunk = array[begin : begin + step]
@@ -111,5 +114,5 @@ class Quantizer:
         name, columns = self._left[0]
         return [
             f"{self._file}: {len(self._left)} matrices stay as they are stored, because their rows are not a multiple "
-            f"of {QUANTIZED[self.type][0]} (first: {name!r}, rows of {columns})"
+            f"of {BLOCKS[self.type][0]} (first: {name!r}, rows of {columns})"
         ]

@@ -25,8 +25,9 @@ STORED: Mapping[str, tuple[type[np.generic], str]] = {
     "BF16": (np.uint16, "bfloat16"),
     "F16": (np.uint16, "float16"),
 }
-# Quantized dtype -> (elements of a block, its bytes); arrays of them are uint8 [rows, bytes of a row]. See csrc/rast.h.
-QUANTIZED: Mapping[str, tuple[int, int]] = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q4_64": (64, 36)}
+# Quantized dtype that a file may hold -> (elements of a block, its bytes); arrays of them are uint8 [rows, bytes of a
+# row]. See csrc/rast.h.
+QUANTIZED: Mapping[str, tuple[int, int]] = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
 DTYPES = tuple(name for _, name in STORED.values())
 
 EMBEDDING = "model.embed_tokens.weight"

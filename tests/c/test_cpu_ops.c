@@ -132,7 +132,7 @@ static void test_dot(const cpu_kernels *k) {
                     array y = array_new(n_rows * y_stride, RAST_F32), one = array_new(1, RAST_F32);
                     const cpu_dot_fn dot = k->dot[wt][xt];
                     for (size_t i = 0; i < y.n; i++) floats(&y)[i] = 777;
-                    dot(w.data, depth * size_of(wt), n_out, x.data, depth * size_of(xt), n_rows, depth, floats(&y),
+                    dot(w.data, depth * size_of(wt), 0, n_out, x.data, depth * size_of(xt), n_rows, depth, floats(&y),
                         y_stride);
                     for (size_t r = 0; r < n_rows; r++)
                         for (size_t o = 0; o < y_stride && r * y_stride + o < y.n; o++) {
@@ -149,7 +149,7 @@ static void test_dot(const cpu_kernels *k) {
                             }
                             CHECK(close_to(got, want, scale * 1e-6 + 1e-30), "%s x %s, k = %zu: %g, not %g",
                                   type_names[wt], type_names[xt], depth, got, want);
-                            dot(w.data + o * depth * size_of(wt), depth * size_of(wt), 1,
+                            dot(w.data, depth * size_of(wt), o, 1,
                                 x.data + r * depth * size_of(xt), depth * size_of(xt), 1, depth, floats(&one), 1);
                             CHECK(memcmp(&got, one.data, 4) == 0, "%s x %s, k = %zu, [%zu, %zu]: bits differ alone",
                                   type_names[wt], type_names[xt], depth, n_out, n_rows);
@@ -756,7 +756,7 @@ typedef struct {
 static void rounding_unit(const void *args, size_t unit, const cpu_worker *worker) {
     const rounding_args *a = args;
     (void)worker;
-    a->k->dot[RAST_F32][RAST_F32](a->x, 0, 1, a->x + unit, 0, 1, 40, a->y + unit, 1);
+    a->k->dot[RAST_F32][RAST_F32](a->x, 0, 0, 1, a->x + unit, 0, 1, 40, a->y + unit, 1);
 }
 
 /* Results do not depend on the rounding mode that the caller's thread happens to be in. */

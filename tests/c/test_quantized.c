@@ -8,7 +8,8 @@
 
 #include <string.h>
 
-static const char *const type_names[] = {"f32", "bf16", "f16", "q8_0", "q4_0", "q4_1", "q4_64"};
+static const char *const type_names[] = {"f32", "bf16", "f16", "q8_0", "q4_0", "q4_1", "int8", "int4", "int4_64"};
+
 static void *allocate(size_t bytes) {
     void *p = malloc(bytes);
     CHECK(p, "out of memory");
@@ -21,16 +22,30 @@ static double stored_half(const uint8_t *p) { return half_value(p[0] | p[1] << 8
 
 static void put_half(uint8_t *p, int h) { p[0] = (uint8_t)h, p[1] = (uint8_t)(h >> 8); }
 
+static int is_i8(int32_t type) { return type == RAST_Q8_0 || type == RAST_INT8; }
+static size_t head_of(int32_t type) { return is_i8(type) || type == RAST_Q4_0 ? 2 : 4; }
+static size_t tile_of(int32_t type) { return rast_stored_rows(type, 1); }
+
+/* Byte `at` of block b of a row. */
+static uint8_t *byte_of(uint8_t *w, int32_t type, size_t stride, size_t row, size_t b, size_t at) {
+    const size_t tile = tile_of(type), lane = row % tile, bytes = rast_row_bytes(type, rast_type_group(type));
+    const size_t word = at < head_of(type) ? 2 : 4, first = at < head_of(type) ? 0 : head_of(type);
+    uint8_t *block = w + (row - lane) * stride + b * bytes * tile + first * tile;
+    return block + (at - first) / word * word * tile + word * lane + (at - first) % word;
+}
+
 /* Element i of a row: scale * q + min. */
-static double element(const uint8_t *row, int32_t type, size_t i, double *scale, int *q, double *min) {
-    const size_t group = rast_type_group(type), j = i % group;
-    const uint8_t *block = row + rast_row_bytes(type, i - j);
+static double element(uint8_t *w, int32_t type, size_t stride, size_t row, size_t i, double *scale, int *q,
+                      double *min) {
+    const size_t group = rast_type_group(type), b = i / group, j = i % group, bytes = rast_row_bytes(type, group);
+    uint8_t block[64];
+    for (size_t at = 0; at < bytes; at++) block[at] = *byte_of(w, type, stride, row, b, at);
     *scale = stored_half(block);
     *min = 0;
-    if (type == RAST_Q8_0) {
+    if (is_i8(type)) {
         *q = (int8_t)block[2 + j];
     } else {
-        const uint8_t *half = block + (type == RAST_Q4_0 ? 2 : 4) + j / 32 * 16;
+        const uint8_t *half = block + head_of(type) + j / 32 * 16;
         *q = j % 32 < 16 ? half[j % 16] & 15 : half[j % 16] >> 4;
         if (type == RAST_Q4_0)
             *q -= 8;
@@ -42,21 +57,25 @@ static double element(const uint8_t *row, int32_t type, size_t i, double *scale,
 
 enum { RANDOM, ZEROS, EQUAL, EXTREME, OUTLIER, N_KINDS };
 
-/* A row of blocks, each of some kind. */
-static void fill_row(uint8_t *row, int32_t type, size_t n) {
-    const size_t group = rast_type_group(type), bytes = rast_row_bytes(type, group);
-    const size_t head = type == RAST_Q8_0 || type == RAST_Q4_0 ? 2 : 4;
-    for (size_t b = 0; b < n / group; b++, row += bytes) {
-        const size_t kind = below(N_KINDS);
-        const uint8_t byte = (uint8_t)rng();
-        put_half(row, kind == ZEROS ? 0 : kind == OUTLIER ? 0x7800 : (int)(0x2000 + below(0x1000)));
-        if (head == 4) put_half(row + 2, kind == ZEROS ? 0 : (int)(below(2) << 15 | (0x2000 + below(0x1800))));
-        for (size_t i = head; i < bytes; i++)
-            row[i] = kind == RANDOM    ? (uint8_t)rng()
-                     : kind == EXTREME ? (uint8_t)(type == RAST_Q8_0 ? 127 + below(2) : below(2) * 255)
-                     : kind == OUTLIER ? (uint8_t)(i == head + 5 ? 0x7f : 0)
-                                       : byte;
-    }
+/* n_rows rows of blocks, each of some kind; what fills the last tile is NaN. */
+static void fill_rows(uint8_t *w, int32_t type, size_t n_rows, size_t n) {
+    const size_t bytes = rast_row_bytes(type, rast_type_group(type)), stride = rast_row_bytes(type, n);
+    const size_t head = head_of(type);
+    memset(w, 0xff, rast_stored_rows(type, n_rows) * stride);
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t b = 0; b < stride / bytes; b++) {
+            const size_t kind = below(N_KINDS);
+            const uint8_t byte = (uint8_t)rng();
+            uint8_t block[64];
+            put_half(block, kind == ZEROS ? 0 : kind == OUTLIER ? 0x7800 : (int)(0x2000 + below(0x1000)));
+            if (head == 4) put_half(block + 2, kind == ZEROS ? 0 : (int)(below(2) << 15 | (0x2000 + below(0x1800))));
+            for (size_t i = head; i < bytes; i++)
+                block[i] = kind == RANDOM    ? (uint8_t)rng()
+                           : kind == EXTREME ? (uint8_t)(is_i8(type) ? 127 + below(2) : below(2) * 255)
+                           : kind == OUTLIER ? (uint8_t)(i == head + 5 ? 0x7f : 0)
+                                             : byte;
+            for (size_t at = 0; at < bytes; at++) *byte_of(w, type, stride, r, b, at) = block[at];
+        }
 }
 
 static void fill_activations(float *x, size_t n) {
@@ -112,34 +131,40 @@ static void test_activations(const cpu_kernels *k) {
 }
 
 static void test_weights(const cpu_kernels *k) {
-    enum { ROWS = 3, N = 384 };
-    static const int32_t targets[] = {RAST_Q8_0, RAST_Q4_1, RAST_Q4_64};
-    static float x[ROWS * N], back[N];
+    enum { ROWS = 19, N = 384 };
+    static const int32_t targets[] = {RAST_INT8, RAST_INT4, RAST_INT4_64};
+    static float x[ROWS * N], back[N], all[ROWS * N];
     rast_error err = {0};
     for (int round = 0; round < 20; round++)
         for (size_t t = 0; t < 3; t++)
             for (int32_t dtype = 0; dtype < RAST_N_DTYPES; dtype++) {
                 const int32_t type = targets[t];
                 const size_t bytes = rast_row_bytes(type, N), group = rast_type_group(type);
+                const size_t block = rast_row_bytes(type, group);
                 void *stored = allocate(sizeof x);
-                uint8_t *out = allocate(ROWS * bytes);
+                uint8_t *out = allocate(rast_stored_rows(type, ROWS) * bytes);
                 fill_activations(x, ROWS * N);
                 k->store(x, stored, ROWS * N, dtype);
                 k->load(stored, x, ROWS * N, dtype);
+                memset(out, 0xff, rast_stored_rows(type, ROWS) * bytes);
                 CHECK(rast_quantize(stored, dtype, ROWS, N, type, out, &err) == RAST_OK, "%s", err.message);
+                CHECK(rast_dequantize(out, type, ROWS, N, all, &err) == RAST_OK, "%s", err.message);
+                for (size_t r = ROWS; r < rast_stored_rows(type, ROWS); r++)
+                    for (size_t i = 0; i < bytes; i++)
+                        CHECK(*byte_of(out, type, bytes, r, i / block, i % block) == 0, "row %zu holds something", r);
                 for (size_t r = 0; r < ROWS; r++) {
                     const float *row = x + r * N;
-                    k->load(out + r * bytes, back, N, type);
+                    k->load_row(out, bytes, r, back, N, type);
                     for (size_t i = 0; i < N; i++) {
                         double scale, min, lo = INFINITY, hi = -INFINITY;
                         int q;
-                        const double value = element(out + r * bytes, type, i, &scale, &q, &min);
+                        const double value = element(out, type, bytes, r, i, &scale, &q, &min);
                         for (size_t n = i / group * group; n < i / group * group + group; n++) {
                             lo = fmin(lo, (double)row[n]);
                             hi = fmax(hi, (double)row[n]);
                         }
                         const double top = fmax(fabs(lo), fabs(hi)),
-                                     ideal = type == RAST_Q8_0 ? top / 127 : (hi - lo) / 15;
+                                     ideal = is_i8(type) ? top / 127 : (hi - lo) / 15;
                         CHECK(fabs(scale - ideal) <= ideal * 0x1p-11 + 0x1p-25, "scale %g, not %g", scale, ideal);
                         /* half a step, and what f16 takes from scale and minimum */
                         const double error = 0.5001 * scale + top * 0x1p-10 + 127 * 0x1p-25;
@@ -147,27 +172,31 @@ static void test_weights(const cpu_kernels *k) {
                               row[i], value, scale);
                         CHECK(fabs(value - (double)back[i]) <= fabs(value) * 0x1p-22 + top * 0x1p-22,
                               "load: %g, not %g", back[i], value);
-                        CHECK(type != RAST_Q8_0 || abs(q) <= 127, "q = %d", q);
+                        CHECK(all[r * N + i] == back[i], "dequantized: %g, not %g", all[r * N + i], back[i]);
+                        CHECK(!is_i8(type) || abs(q) <= 127, "q = %d", q);
                     }
                 }
                 free(stored), free(out);
             }
-    uint8_t block[36];
+    uint8_t tile[RAST_TILE_ROWS * 36];
     double scale, min;
     int q;
     fill_activations(x, 64);
     for (size_t t = 0; t < 3; t++) {
         x[3] = NAN;
-        CHECK(rast_quantize(x, RAST_F32, 1, rast_type_group(targets[t]), targets[t], block, &err) == RAST_OK, "NaN");
-        CHECK(isnan(element(block, targets[t], 0, &scale, &q, &min)), "NaN is lost");
+        CHECK(rast_quantize(x, RAST_F32, 1, rast_type_group(targets[t]), targets[t], tile, &err) == RAST_OK, "NaN");
+        CHECK(isnan(element(tile, targets[t], rast_row_bytes(targets[t], rast_type_group(targets[t])), 0, 0, &scale, &q, &min)), "NaN is lost");
         x[3] = 1e9f;
-        CHECK(rast_quantize(x, RAST_F32, 1, rast_type_group(targets[t]), targets[t], block, &err) == RAST_ERR_VALUE,
+        CHECK(rast_quantize(x, RAST_F32, 1, rast_type_group(targets[t]), targets[t], tile, &err) == RAST_ERR_VALUE,
               "1e9");
         CHECK(strstr(err.message, "too large"), "%s", err.message);
-        CHECK(rast_quantize(x, RAST_F32, 1, 48, targets[t], block, &err) == RAST_ERR_VALUE, "rows of 48");
+        CHECK(rast_quantize(x, RAST_F32, 1, 48, targets[t], tile, &err) == RAST_ERR_VALUE, "rows of 48");
     }
-    CHECK(rast_quantize(x, RAST_F32, 1, 32, RAST_Q4_0, block, &err) == RAST_ERR_UNSUPPORTED, "to Q4_0");
-    CHECK(rast_quantize(x, RAST_Q8_0, 1, 32, RAST_Q8_0, block, &err) == RAST_ERR_UNSUPPORTED, "from Q8_0");
+    CHECK(rast_quantize(x, RAST_F32, 1, 32, RAST_Q8_0, tile, &err) == RAST_ERR_UNSUPPORTED, "to Q8_0");
+    CHECK(rast_quantize(x, RAST_F32, 1, 32, RAST_N_TYPES, tile, &err) == RAST_ERR_UNSUPPORTED, "to what is no type");
+    CHECK(rast_quantize(x, RAST_Q8_0, 1, 32, RAST_INT8, tile, &err) == RAST_ERR_UNSUPPORTED, "from Q8_0");
+    CHECK(rast_stored_rows(RAST_INT4, 17) == 32 && rast_stored_rows(RAST_INT4, 32) == 32, "whole tiles");
+    CHECK(rast_stored_rows(RAST_Q4_1, 17) == 17, "no tiles");
     CHECK(rast_type_group(-1) == 0 && rast_type_group(RAST_N_TYPES) == 0, "types that are none");
     CHECK(rast_row_bytes(RAST_Q8_0, 33) == 0 && rast_row_bytes(RAST_F32, SIZE_MAX) == 0, "rows that are none");
 }
@@ -184,9 +213,9 @@ typedef struct { /* n_out weight rows, n_rows activation rows */
 static product product_new(int32_t type, size_t depth, size_t n_out, size_t n_rows, const cpu_kernels *k) {
     product p = {type, depth, n_out, n_rows, rast_row_bytes(type, depth), NULL, NULL};
     float *x = allocate(n_rows * depth * sizeof *x);
-    p.w = allocate(n_out * p.stride);
+    p.w = allocate(rast_stored_rows(type, n_out) * p.stride);
     p.x = allocate(n_rows * (depth / 32) * sizeof *p.x);
-    for (size_t o = 0; o < n_out; o++) fill_row(p.w + o * p.stride, type, depth);
+    fill_rows(p.w, type, n_out, depth);
     fill_activations(x, n_rows * depth);
     k->quantize(x, RAST_F32, n_rows * depth, p.x);
     free(x);
@@ -199,8 +228,8 @@ static void product_free(product *p) { free(p->w), free(p->x); }
 static void multiply(const cpu_kernels *k, const product *p, size_t o, size_t n, size_t r, size_t n_rows, float *y,
                      size_t y_stride) {
     const size_t x_stride = p->depth / 32 * sizeof *p->x;
-    k->dot_groups[p->type - RAST_Q8_0](p->w + o * p->stride, p->stride, n, (const char *)p->x + r * x_stride, x_stride,
-                                       n_rows, p->depth, y, y_stride);
+    k->dot_groups[p->type - RAST_Q8_0](p->w, p->stride, o, n, (const char *)p->x + r * x_stride, x_stride, n_rows,
+                                       p->depth, y, y_stride);
 }
 
 static double naive(const product *p, size_t o, size_t r, double *size) {
@@ -210,7 +239,7 @@ static double naive(const product *p, size_t o, size_t r, double *size) {
     *size = 0;
     for (size_t i = 0; i < p->depth; i++) {
         const double xi = (double)x[i / 32].scale * x[i / 32].q[i % 32];
-        want += element(p->w + o * p->stride, p->type, i, &scale, &q, &min) * xi;
+        want += element(p->w, p->type, p->stride, o, i, &scale, &q, &min) * xi;
         *size += fabs(scale * q * xi) + fabs(min * xi);
     }
     return want;
@@ -272,7 +301,7 @@ static void test_not_finite(const cpu_kernels *k) {
         product p = product_new(type, 128, N_OUT, ROWS, k);
         float y[N_OUT * ROWS], x[32] = {[5] = INFINITY};
         k->quantize(x, RAST_F32, 32, &p.x[3 * 4 + 1]);
-        put_half(p.w + 20 * p.stride, 0x7e00);
+        put_half(byte_of(p.w, type, p.stride, 20, 0, 0), 0x7e00);
         multiply(k, &p, 0, N_OUT, 0, ROWS, y, N_OUT);
         for (size_t r = 0; r < ROWS; r++)
             for (size_t o = 0; o < N_OUT; o++)
@@ -288,10 +317,11 @@ static const rast_ops *const ops = &rast_cpu_ops;
 /* A matrix product of jobs with types of their own, two of them on one input, and embedding: what the kernels give row by
  * row, with any number of threads, step after step of other sizes. */
 static void test_ops(const cpu_kernels *k, int32_t n_threads) {
-    enum { MODELS = 2, CAP = 70, JOBS = 5, MAX_OUT = 200 };
-    static const int32_t types[JOBS] = {RAST_Q8_0, RAST_Q4_64, RAST_BF16, RAST_Q4_1, RAST_Q4_0};
-    static const size_t depth[JOBS] = {128, 128, 128, 320, 96}, input[JOBS] = {0, 0, 0, 1, 2};
-    static const size_t out[JOBS] = {MAX_OUT, 5, 33, 64, 48};
+    enum { MODELS = 2, CAP = 70, JOBS = 7, MAX_OUT = 200 };
+    static const int32_t types[JOBS] = {RAST_Q8_0, RAST_INT4_64, RAST_BF16, RAST_Q4_1,
+                                        RAST_Q4_0, RAST_INT8,    RAST_INT4};
+    static const size_t depth[JOBS] = {128, 128, 128, 320, 96, 320, 96}, input[JOBS] = {0, 0, 0, 1, 2, 1, 2};
+    static const size_t out[JOBS] = {MAX_OUT, 5, 33, 64, 48, 100, MAX_OUT};
     const rast_device spec = {.n_threads = n_threads, .isa = k->name};
     rast_ctx *ctx;
     rast_queue *q;
@@ -315,13 +345,11 @@ static void test_ops(const cpu_kernels *k, int32_t n_threads) {
         y[j] = allocate(MODELS * CAP * out[j] * sizeof **y);
         for (size_t m = 0; m < MODELS; m++) {
             const size_t stride = rast_row_bytes(types[j], depth[j]);
-            w[j][m] = allocate(out[j] * stride);
-            for (size_t o = 0; o < out[j]; o++) {
-                if (types[j] == RAST_BF16)
-                    memset(w[j][m] + o * stride, 0x3e, stride);
-                else
-                    fill_row(w[j][m] + o * stride, types[j], depth[j]);
-            }
+            w[j][m] = allocate(rast_stored_rows(types[j], out[j]) * stride);
+            if (types[j] == RAST_BF16)
+                memset(w[j][m], 0x3e, out[j] * stride);
+            else
+                fill_rows(w[j][m], types[j], out[j], depth[j]);
             const rast_tensor t = {"w", w[j][m], types[j], 2, {out[j], depth[j]}};
             CHECK(ops->bind(ctx, &t, RAST_F32, &weights[j][m], &err) == RAST_OK, "%s", err.message);
             CHECK(weights[j][m].data == (rast_dev)(uintptr_t)w[j][m], "bind is no alias");
@@ -351,7 +379,7 @@ static void test_ops(const cpu_kernels *k, int32_t n_threads) {
                     float want[MAX_OUT];
                     const float *row = x[input[j]] + (m * CAP + r) * depth[j];
                     if (types[j] == RAST_BF16) {
-                        k->dot[RAST_BF16][RAST_F32](w[j][m], 2 * depth[j], out[j], row, 0, 1, depth[j], want, 0);
+                        k->dot[RAST_BF16][RAST_F32](w[j][m], 2 * depth[j], 0, out[j], row, 0, 1, depth[j], want, 0);
                     } else {
                         cpu_group groups[10];
                         k->quantize(row, RAST_F32, depth[j], groups);
@@ -363,7 +391,7 @@ static void test_ops(const cpu_kernels *k, int32_t n_threads) {
                     CHECK(memcmp(want, y[j] + (m * CAP + r) * out[j], out[j] * sizeof *want) == 0,
                           "step %d, job %zu, model %zu, row %zu of %zu", step, j, m, r, rows);
                 }
-                k->load(w[1][m] + (size_t)token[r] * weights[1][m].stride, rows_of[1], 128, types[1]);
+                k->load_row(w[1][m], weights[1][m].stride, (size_t)token[r], rows_of[1], 128, types[1]);
                 CHECK(memcmp(rows_of[0] + (m * CAP + r) * 128, rows_of[1], 128 * sizeof(float)) == 0, "embed");
             }
         free(rows_of[0]), free(rows_of[1]);

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from backend import EMULATED, Emulation, library, run_python
@@ -20,6 +21,9 @@ from rast import _core, devices
 
 needs_emulation = pytest.mark.skipif(not EMULATED, reason="a real device does not fail on demand")
 
+# Types that the core quantizes to -> (elements of a block, bytes of a row's block).
+BLOCKS = {"int8": (32, 34), "int4": (32, 20), "int4-64": (64, 36)}
+TILE = _core.TILE_ROWS
 LATE_STEP = 19  # one call in so many fails; in the long form all do, shared out among so many tests
 
 OUT_OF_MEMORY, NOT_SUPPORTED, LAUNCH_FAILURE, ILLEGAL_ADDRESS = 2, 801, 719, 700  # of cudaError
@@ -535,9 +539,9 @@ def test_graphs_change_nothing(
 
 
 def test_dequantized_on_the_way(folders: tuple[Path, Path, Path]) -> None:
-    """Blocks of a file's quantized types arrive as the numbers they stand for."""
+    """Blocks of quantized types arrive as the numbers they stand for."""
     rng = np.random.default_rng(0)
-    vocab, hidden = 64, 64
+    vocab, hidden = 67, 64
     shapes = {
         "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -564,30 +568,40 @@ def test_dequantized_on_the_way(folders: tuple[Path, Path, Path]) -> None:
         (result,) = _core.Engine(model, kv_bytes=1 << 20).run([request])
         return result["prompt"]["logits"]
 
-    for type, group, bytes_ in (("Q8_0", 32, 34), ("Q4_1", 32, 20), ("Q4_64", 64, 36)):
-        blocks, floats = {}, {}
+    for type in ("int8", "int4", "int4-64", "Q8_0", "Q4_0", "Q4_1"):
+        blocks: dict[str, Any] = {}
+        floats: dict[str, Any] = {}
         for name, array in weights.items():
             if array.ndim == 1:
                 blocks[name] = floats[name] = (array, "F32")
-                continue
-            out = np.zeros((array.shape[0], array.shape[1] // group * bytes_), np.uint8)
-            _core.quantize(array, "F32", type, out)
-            blocks[name] = (out, type)
-            floats[name] = (dequantized(out, type, array.shape), "F32")
+            elif type in BLOCKS:
+                group, block = BLOCKS[type]
+                out = np.zeros((-(-len(array) // TILE) * TILE, array.shape[1] // group * block), np.uint8)
+                _core.quantize(array, "F32", type, out)
+                blocks[name], floats[name] = (out, type), (dequantized(out, type, array.shape), "F32")
+            else:
+                kind = gguf.GGMLQuantizationType[type]
+                out = gguf.quants.quantize(array, kind)
+                blocks[name], floats[name] = (out, type), (gguf.quants.dequantize(out, kind), "F32")
         np.testing.assert_array_equal(logits(blocks, "cuda"), logits(floats, "cuda"))
 
 
-def dequantized(blocks: Any, type: str, shape: tuple[int, ...]) -> Any:
+def dequantized(stored: Any, type: str, shape: tuple[int, ...]) -> Any:
     """By the definition of the types in csrc/rast.h."""
-    group, head = (64 if type == "Q4_64" else 32), (2 if type == "Q8_0" else 4)
-    rows = blocks.reshape(-1, head + (group if type == "Q8_0" else group // 2))
-    scales = rows[:, :head].copy().view(np.float16).astype(np.float32)
-    q = rows[:, head:]
-    if type == "Q8_0":
-        return (scales[:, :1] * q.view(np.int8)).reshape(shape)
-    halves = q.reshape(len(rows), -1, 1, 16)
-    values = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(len(rows), group)
-    return (scales[:, :1] * values + scales[:, 1:]).reshape(shape)
+    tile, group, n_scales = TILE, (64 if type == "int4-64" else 32), (1 if type == "int8" else 2)
+    block = tile * (2 * n_scales + (group if type == "int8" else group // 2))
+    blocks = stored.reshape(len(stored) // tile, -1, block)
+    scales = blocks[..., : 2 * tile * n_scales].copy().view(np.float16).astype(np.float32)
+    scales = scales.reshape(*blocks.shape[:2], n_scales, tile, 1)
+    words = blocks[..., 2 * tile * n_scales :].reshape(*blocks.shape[:2], -1, tile, 4)
+    q = words.swapaxes(2, 3).reshape(*blocks.shape[:2], tile, -1)  # [tiles, blocks, rows, bytes]
+    if type == "int8":
+        values = scales[:, :, 0] * q.view(np.int8)
+    else:
+        halves = q.reshape(*q.shape[:3], -1, 1, 16)
+        numbers = np.concatenate([halves & 15, halves >> 4], axis=-2).reshape(*q.shape[:3], group)
+        values = scales[:, :, 0] * numbers + scales[:, :, 1]
+    return np.ascontiguousarray(values.swapaxes(1, 2).reshape(len(stored), -1)[: shape[0]])
 
 
 def test_info_names_the_device(folders: tuple[Path, Path, Path]) -> None:

@@ -108,7 +108,7 @@ static void term_logits(const combine_job *j, size_t m, size_t first, size_t n_i
         }
         while (end < n && !saved_row(l, m, o + end)) end++;
         if (!in->dot) continue; /* outputs without the term, among others whose logits were saved */
-        in->dot((const char *)head->data + first * head->stride, head->stride, n_ids, in->rows + (o + i) * in->stride,
+        in->dot((const void *)head->data, head->stride, first, n_ids, in->rows + (o + i) * in->stride,
                 in->stride, end - i, (size_t)head->in, y + i * y_stride, y_stride);
     }
 }

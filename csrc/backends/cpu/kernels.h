@@ -8,10 +8,11 @@
 
 #include "../backend.h"
 
-/* y[r * y_stride + o] = sum_k w[o][k] * x[r][k] for o < n_out, r < n_rows. Strides of w and x in bytes, of y in floats.
- * w: [n_out, k] of the table's weight type, x: [n_rows, k] of its activation type; no alignment beyond the element's. */
-typedef void (*cpu_dot_fn)(const void *w, size_t w_stride, size_t n_out, const void *x, size_t x_stride, size_t n_rows,
-                           size_t k, float *y, size_t y_stride);
+/* y[r * y_stride + o] = sum_k w[first + o][k] * x[r][k] for o < n_out, r < n_rows. Strides of w and x in bytes, of y in floats.
+ * w: [at least first + n_out, k] of the table's weight type, x: [n_rows, k] of its activation type; no alignment beyond the
+ * element's. */
+typedef void (*cpu_dot_fn)(const void *w, size_t w_stride, size_t first, size_t n_out, const void *x, size_t x_stride,
+                           size_t n_rows, size_t k, float *y, size_t y_stride);
 
 /* A group of 32 activations as products with quantized weights take them: q = x / scale rounded to nearest even,
  * scale = max |x| / 127. NaN or Inf among them makes the scale NaN. */
@@ -49,9 +50,11 @@ typedef struct {
     cpu_dot_fn dot_groups[RAST_N_TYPES - RAST_N_DTYPES];
     void (*quantize)(const void *x, int32_t type, size_t n, cpu_group *y); /* n a multiple of 32 */
 
-    /* out[i] = in[i] rounded to type (float32 in; rast_dtype out) and back; load also quantized types, whole groups */
+    /* out[i] = in[i] rounded to type (float32 in; rast_dtype, a float, out) and back */
     void (*store)(const float *in, void *out, size_t n, int32_t type);
     void (*load)(const void *in, float *out, size_t n, int32_t type);
+    /* A row of n elements of a matrix of any type; n a multiple of its group. */
+    void (*load_row)(const void *w, size_t w_stride, size_t row, float *out, size_t n, int32_t type);
 
     /* y[n] = (x + add)[n] rms-normalised times w, see rast_ops.norm; x is updated if add is not NULL; w of w_type */
     void (*norm)(float *x, const float *add, const void *w, int32_t w_type, size_t n, float eps, void *y,

@@ -95,8 +95,8 @@ static void embed_unit(const void *args, size_t unit, const cpu_worker *worker) 
     int32_t token = cpu_ints(a->pass.token)[r];
     (void)worker;
     if (token < 0) token = cpu_ints(a->pass.drawn)[-1 - token];
-    a->k->load((const char *)cpu_ptr(w->data) + (size_t)token * w->stride, (float *)cpu_ptr(a->y) + at * (size_t)w->in,
-               (size_t)w->in, w->type);
+    a->k->load_row(cpu_ptr(w->data), w->stride, (size_t)token, (float *)cpu_ptr(a->y) + at * (size_t)w->in,
+                   (size_t)w->in, w->type);
 }
 
 void cpu_embed(rast_queue *q, const rast_pass *pass, const rast_weight *const *w, rast_dev y) {
@@ -228,13 +228,13 @@ static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker)
     const size_t n = n_out - first < a->rows[j] ? n_out - first : a->rows[j];
     const size_t n_rows = (size_t)n_of(&a->pass, RAST_OF_ROWS), x_stride = n_in * cpu_type_bytes(a->pass.act_type);
     float *y = (float *)cpu_ptr(job->y) + m * cap * n_out + first;
-    const char *weights = (const char *)cpu_ptr(w->data) + first * w->stride;
     if (w->type < RAST_N_DTYPES) {
-        a->k->dot[w->type][a->pass.act_type](weights, w->stride, n, (const char *)cpu_ptr(job->x) + m * cap * x_stride,
-                                             x_stride, n_rows, n_in, y, n_out);
+        a->k->dot[w->type][a->pass.act_type](cpu_ptr(w->data), w->stride, first, n,
+                                             (const char *)cpu_ptr(job->x) + m * cap * x_stride, x_stride, n_rows, n_in,
+                                             y, n_out);
     } else {
         const size_t stride = n_in / CPU_GROUP * sizeof(cpu_group);
-        a->k->dot_groups[w->type - RAST_Q8_0](weights, w->stride, n,
+        a->k->dot_groups[w->type - RAST_Q8_0](cpu_ptr(w->data), w->stride, first, n,
                                               (const char *)*a->groups + a->groups_at[j] + m * n_rows * stride, stride,
                                               n_rows, n_in, y, n_out);
     }

@@ -113,11 +113,13 @@ int cuda_bind(rast_ctx *ctx, const rast_tensor *t, int32_t act_type, rast_weight
     if (status) return status;
     /* whole rows where they fit a buffer; a longer row, of floats, counts as rows of one element */
     const size_t moved_row = n_in * cuda_type_bytes(moved), piece = moved_row && moved_row <= BUFFER_BYTES ? n_in : 1;
-    if (quantized && moved_row > BUFFER_BYTES)
+    const size_t tile = rast_stored_rows(t->dtype, 1);
+    if (quantized && moved_row > BUFFER_BYTES / tile)
         status = rast_fail(err, RAST_ERR_UNSUPPORTED, "tensor %s: rows of %zu are too long", name, n_in);
     rast_weight target = w;
     target.stride = piece * cuda_type_bytes(type);
-    const size_t n_rows = piece ? n_out * n_in / piece : 0, most = BUFFER_BYTES / (piece * cuda_type_bytes(moved));
+    const size_t n_rows = piece ? n_out * n_in / piece : 0;
+    const size_t most = BUFFER_BYTES / (piece * cuda_type_bytes(moved)) / tile * tile;
     for (size_t row = 0; row < n_rows && status == RAST_OK; row += most)
         status = send_rows(ctx, t, row, n_rows - row < most ? n_rows - row : most, piece, moved, &target, err);
     if (status) {
