@@ -22,6 +22,7 @@ from turns import Contestant, MissingError, OtherWork
 KV_TOKENS = 4096  # of rast, where a benchmark needs no more
 MOST_OTHER_WORK = 0.05  # share of the cores beyond which results are called not comparable
 NAMES = ("rast", "llama.cpp", "HuggingFace")
+OWN_TYPES = {16: (), 8: ("int8",), 4: ("int4", "int4-64")}  # bits of a weight -> what rast makes at load
 
 _ISA_VARIABLES = {"avx2": {"RAST_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 
@@ -104,8 +105,9 @@ class Field:
         for name in self._args.contestants:
             if name != "HuggingFace" or bits == 16:
                 self.open(name)
-            if name == "rast" and bits != 16:
-                self.open(f"rast int{bits}", quantization=f"int{bits}")
+            if name == "rast":
+                for quantization in OWN_TYPES[bits]:
+                    self.open(f"rast {quantization}", quantization=quantization)
         return dict(self._open)
 
     def facts(self) -> dict[str, Any]:

@@ -9,9 +9,9 @@ static const struct {
     uint8_t group, bytes; /* of a row's block */
     uint8_t scales, bits; /* f16 in it before the q; of a q */
 } types[RAST_N_TYPES] = {
-    [RAST_F32] = {1, 4, 0, 32},    [RAST_BF16] = {1, 2, 0, 16},   [RAST_F16] = {1, 2, 0, 16},
-    [RAST_Q8_0] = {32, 34, 1, 8},  [RAST_Q4_0] = {32, 18, 1, 4},  [RAST_Q4_1] = {32, 20, 2, 4},
-    [RAST_INT8] = {32, 34, 1, 8},  [RAST_INT4] = {32, 20, 2, 4},  [RAST_INT4_64] = {64, 36, 2, 4},
+    [RAST_F32] = {1, 4, 0, 32},   [RAST_BF16] = {1, 2, 0, 16},  [RAST_F16] = {1, 2, 0, 16},
+    [RAST_Q8_0] = {32, 34, 1, 8}, [RAST_Q4_0] = {32, 18, 1, 4}, [RAST_Q4_1] = {32, 20, 2, 4},
+    [RAST_INT8] = {32, 34, 1, 8}, [RAST_INT4] = {32, 20, 2, 4}, [RAST_INT4_64] = {64, 36, 2, 4},
 };
 enum { TILE = RAST_TILE_ROWS, MAX_GROUP = 64, MAX_BLOCK = 36 };
 

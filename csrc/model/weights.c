@@ -127,10 +127,10 @@ static int bind_one(rast_model *m, rast_net_state *net, const tensor_index *inde
                          found, expected);
     }
     if (!rast_type_group(t->dtype) || (is_vector && t->dtype >= RAST_N_DTYPES))
-        return rast_fail(
-            err, RAST_ERR_UNSUPPORTED,
-            "%s: tensor %s has dtype %d; supported: F32, BF16, F16, and for matrices Q8_0, Q4_0, Q4_1, int8, int4, int4-64",
-            net->name, name, t->dtype);
+        return rast_fail(err, RAST_ERR_UNSUPPORTED,
+                         "%s: tensor %s has dtype %d; supported: F32, BF16, F16, and for matrices Q8_0, Q4_0, Q4_1, "
+                         "int8, int4, int4-64",
+                         net->name, name, t->dtype);
     const size_t row_bytes = rast_row_bytes(t->dtype, n_in);
     if (!row_bytes)
         return rast_fail(err, RAST_ERR_VALUE,

@@ -108,8 +108,8 @@ static int read_dtype(PyObject *value, const char *what, const char *name, int o
     if (!text) return -1;
     for (int t = 0; t < (of_tensor ? RAST_N_TYPES : RAST_N_DTYPES); t++)
         if (!strcmp(text, of_tensor ? dtypes[t].tensor : dtypes[t].net)) return t;
-    const char *known = of_tensor ? "F32, BF16, F16, Q8_0, Q4_0, Q4_1, int8, int4, int4-64"
-                                  : "float32, bfloat16, float16";
+    const char *known =
+        of_tensor ? "F32, BF16, F16, Q8_0, Q4_0, Q4_1, int8, int4, int4-64" : "float32, bfloat16, float16";
     PyErr_Format(PyExc_ValueError, "%s: %s: dtype %R is not one of %s", what, name, value, known);
     return -1;
 }

@@ -13,9 +13,12 @@ static int module_exec(PyObject *module) {
         const char *name;
         int value;
     } constants[] = {
-        {"WANT_LOGPROBS", RAST_WANT_LOGPROBS},     {"WANT_STATS", RAST_WANT_STATS},
-        {"WANT_LOGITS", RAST_WANT_LOGITS},         {"WANT_SCORES", RAST_WANT_SCORES},
-        {"WANT_COMPONENTS", RAST_WANT_COMPONENTS}, {"WANT_PROMPT", RAST_WANT_PROMPT},
+        {"WANT_LOGPROBS", RAST_WANT_LOGPROBS},
+        {"WANT_STATS", RAST_WANT_STATS},
+        {"WANT_LOGITS", RAST_WANT_LOGITS},
+        {"WANT_SCORES", RAST_WANT_SCORES},
+        {"WANT_COMPONENTS", RAST_WANT_COMPONENTS},
+        {"WANT_PROMPT", RAST_WANT_PROMPT},
         {"TILE_ROWS", RAST_TILE_ROWS},
     };
     if (PyArray_ImportNumPyAPI() < 0) return -1;

@@ -149,8 +149,8 @@ static void test_dot(const cpu_kernels *k) {
                             }
                             CHECK(close_to(got, want, scale * 1e-6 + 1e-30), "%s x %s, k = %zu: %g, not %g",
                                   type_names[wt], type_names[xt], depth, got, want);
-                            dot(w.data, depth * size_of(wt), o, 1,
-                                x.data + r * depth * size_of(xt), depth * size_of(xt), 1, depth, floats(&one), 1);
+                            dot(w.data, depth * size_of(wt), o, 1, x.data + r * depth * size_of(xt),
+                                depth * size_of(xt), 1, depth, floats(&one), 1);
                             CHECK(memcmp(&got, one.data, 4) == 0, "%s x %s, k = %zu, [%zu, %zu]: bits differ alone",
                                   type_names[wt], type_names[xt], depth, n_out, n_rows);
                         }
@@ -717,6 +717,11 @@ static void pool_unit(const void *args, size_t unit, const cpu_worker *worker) {
     a->done[a->task * MAX_UNITS + unit]++;
 }
 
+static void pool_piece(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
+    if (begin >= end) *((const pool_args *)args)->early = 1;
+    for (size_t unit = begin; unit < end; unit++) pool_unit(args, unit, worker);
+}
+
 static void test_pool(const char *name) {
     static uint32_t done[TASKS * MAX_UNITS];
     for (int32_t n_threads = 1; n_threads <= 9; n_threads += n_threads < 3 ? 1 : 3) {
@@ -732,7 +737,19 @@ static void test_pool(const char *name) {
                 void *temp = cpu_temp(d.q, 100 * t);
                 CHECK(temp && (uintptr_t)temp % 64 == 0, "cpu_temp");
                 memset(temp, 1, 100 * t);
-                cpu_record(d.q, pool_unit, units[t], &a, sizeof a, 64 + t);
+                switch (below(4)) {
+                case 0:
+                    cpu_record_pieces(d.q, pool_piece, units[t], &a, sizeof a, 64 + t);
+                    break;
+                case 1: /* all by one thread */
+                    cpu_record_small(d.q, pool_unit, units[t], units[t], &a, sizeof a, 64 + t);
+                    break;
+                case 2:
+                    cpu_record_small(d.q, pool_unit, units[t], 1 << 20, &a, sizeof a, 64 + t);
+                    break;
+                default:
+                    cpu_record(d.q, pool_unit, units[t], &a, sizeof a, 64 + t);
+                }
                 cpu_record(d.q, pool_unit, 0, &a, sizeof a, 0);
             }
             submit(&d);

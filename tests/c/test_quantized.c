@@ -163,8 +163,7 @@ static void test_weights(const cpu_kernels *k) {
                             lo = fmin(lo, (double)row[n]);
                             hi = fmax(hi, (double)row[n]);
                         }
-                        const double top = fmax(fabs(lo), fabs(hi)),
-                                     ideal = is_i8(type) ? top / 127 : (hi - lo) / 15;
+                        const double top = fmax(fabs(lo), fabs(hi)), ideal = is_i8(type) ? top / 127 : (hi - lo) / 15;
                         CHECK(fabs(scale - ideal) <= ideal * 0x1p-11 + 0x1p-25, "scale %g, not %g", scale, ideal);
                         /* half a step, and what f16 takes from scale and minimum */
                         const double error = 0.5001 * scale + top * 0x1p-10 + 127 * 0x1p-25;
@@ -185,7 +184,9 @@ static void test_weights(const cpu_kernels *k) {
     for (size_t t = 0; t < 3; t++) {
         x[3] = NAN;
         CHECK(rast_quantize(x, RAST_F32, 1, rast_type_group(targets[t]), targets[t], tile, &err) == RAST_OK, "NaN");
-        CHECK(isnan(element(tile, targets[t], rast_row_bytes(targets[t], rast_type_group(targets[t])), 0, 0, &scale, &q, &min)), "NaN is lost");
+        CHECK(isnan(element(tile, targets[t], rast_row_bytes(targets[t], rast_type_group(targets[t])), 0, 0, &scale, &q,
+                            &min)),
+              "NaN is lost");
         x[3] = 1e9f;
         CHECK(rast_quantize(x, RAST_F32, 1, rast_type_group(targets[t]), targets[t], tile, &err) == RAST_ERR_VALUE,
               "1e9");
@@ -318,8 +319,7 @@ static const rast_ops *const ops = &rast_cpu_ops;
  * row, with any number of threads, step after step of other sizes. */
 static void test_ops(const cpu_kernels *k, int32_t n_threads) {
     enum { MODELS = 2, CAP = 70, JOBS = 7, MAX_OUT = 200 };
-    static const int32_t types[JOBS] = {RAST_Q8_0, RAST_INT4_64, RAST_BF16, RAST_Q4_1,
-                                        RAST_Q4_0, RAST_INT8,    RAST_INT4};
+    static const int32_t types[JOBS] = {RAST_Q8_0, RAST_INT4_64, RAST_BF16, RAST_Q4_1, RAST_Q4_0, RAST_INT8, RAST_INT4};
     static const size_t depth[JOBS] = {128, 128, 128, 320, 96, 320, 96}, input[JOBS] = {0, 0, 0, 1, 2, 1, 2};
     static const size_t out[JOBS] = {MAX_OUT, 5, 33, 64, 48, 100, MAX_OUT};
     const rast_device spec = {.n_threads = n_threads, .isa = k->name};

@@ -83,8 +83,9 @@ void cpu_rope_kv(rast_queue *q, const rast_pass *pass, rast_dev query, rast_dev 
                               .new_v = v,
                               .table = table,
                               .interleaved = interleaved};
-    cpu_record(q, rope_unit, (size_t)cpu_ints(pass->count)[RAST_OF_ROWS] * (size_t)pass->n_models, &a, sizeof a,
-               (size_t)kv->head_dim * sizeof(float));
+    const size_t n = (size_t)cpu_ints(pass->count)[RAST_OF_ROWS] * (size_t)pass->n_models;
+    const size_t width = (size_t)(kv->n_heads + 2 * kv->n_kv_heads) * (size_t)kv->head_dim;
+    cpu_record_small(q, rope_unit, n, n * width, &a, sizeof a, (size_t)kv->head_dim * sizeof(float));
 }
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */

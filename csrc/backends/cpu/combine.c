@@ -108,8 +108,8 @@ static void term_logits(const combine_job *j, size_t m, size_t first, size_t n_i
         }
         while (end < n && !saved_row(l, m, o + end)) end++;
         if (!in->dot) continue; /* outputs without the term, among others whose logits were saved */
-        in->dot((const void *)head->data, head->stride, first, n_ids, in->rows + (o + i) * in->stride,
-                in->stride, end - i, (size_t)head->in, y + i * y_stride, y_stride);
+        in->dot((const void *)head->data, head->stride, first, n_ids, in->rows + (o + i) * in->stride, in->stride,
+                end - i, (size_t)head->in, y + i * y_stride, y_stride);
     }
 }
 
@@ -252,8 +252,7 @@ static void end_tile(const combine_job *j, size_t o, size_t tile, float *sum, fl
     finish_tile(j, o, tile, sum, base, 0, stats, &part->draw);
 }
 
-static void span_task(const void *args, size_t unit, const cpu_worker *worker) {
-    const combine_job *j = args;
+static void span_unit(const combine_job *j, size_t unit, const cpu_worker *worker) {
     const size_t n_terms = (size_t)j->l.n_terms, n_out = (size_t)j->l.n_out;
     const size_t span = unit / j->n_blocks, o = unit % j->n_blocks * OUT_BLOCK;
     const size_t n = n_out - o < OUT_BLOCK ? n_out - o : OUT_BLOCK;
@@ -286,6 +285,10 @@ static void span_task(const void *args, size_t unit, const cpu_worker *worker) {
             j->term_sums[at * n_terms + m] = log_sum_of_lanes(j->k, st->max_t, st->sum_t, NULL);
         }
     }
+}
+
+static void span_task(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
+    for (; begin < end; begin++) span_unit(args, begin, worker);
 }
 
 /* ---- second task: rows ------------------------------------------------------------------------------------------- */
@@ -493,7 +496,7 @@ static const term_input *record_inputs(rast_queue *q, const rast_logits *l) {
         }
         const quantize_job job = {k, term, temp_array(q, n_out, n / CPU_GROUP, sizeof(cpu_group))};
         if (!job.groups) return NULL;
-        cpu_record(q, quantize_task, n_out, &job, sizeof job, 0);
+        cpu_record_small(q, quantize_task, n_out, n_out * n, &job, sizeof job, 0);
         inputs[m] = (term_input){(const char *)job.groups, n / CPU_GROUP * sizeof(cpu_group),
                                  k->dot_groups[head->type - RAST_Q8_0]};
     }
@@ -526,6 +529,6 @@ void cpu_combine(rast_queue *q, const rast_logits *l) {
         cpu_temp(q, PTRDIFF_MAX); /* fails, which submit reports */
         return;
     }
-    cpu_record(q, span_task, n_units, &job, sizeof job, span_bytes);
+    cpu_record_pieces(q, span_task, n_units, &job, sizeof job, span_bytes);
     cpu_record(q, row_task, n_out, &job, sizeof job, row_bytes);
 }

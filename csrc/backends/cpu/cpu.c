@@ -12,7 +12,11 @@
 #include "ops.h"
 #include "pool.h"
 
-enum { ALIGN = 64, HEADER = 4096 };
+enum {
+    ALIGN = 64,
+    HEADER = 4096,
+    FEW_VALUES = 6 << 10, /* about what one thread does while others hear of a task and report its end */
+};
 
 struct rast_ctx {
     const cpu_kernels *kernels;
@@ -248,13 +252,15 @@ void *const *cpu_shared(rast_queue *q, size_t bytes) {
     return &q->shared;
 }
 
-void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args, size_t args_bytes,
-                size_t scratch_bytes) {
+static void record(rast_queue *q, cpu_task task, size_t n_units, size_t args_bytes, size_t scratch_bytes) {
     if (n_units == 0) return;
     void *copy = cpu_temp(q, args_bytes);
     if (n_units > UINT32_MAX) q->failed = 1;
     if (!copy || q->failed) return;
-    memcpy(copy, args, args_bytes);
+    memcpy(copy, task.args, args_bytes);
+    task.args = copy;
+    task.n_units = (uint32_t)n_units;
+    task.for_one |= n_units == 1;
     if (q->n_tasks == q->cap_tasks) {
         const size_t cap = q->cap_tasks ? 2 * q->cap_tasks : 64;
         cpu_task *tasks = realloc(q->tasks, cap * sizeof *tasks);
@@ -265,8 +271,24 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
         q->tasks = tasks;
         q->cap_tasks = cap;
     }
-    q->tasks[q->n_tasks++] = (cpu_task){fn, copy, (uint32_t)n_units};
+    q->tasks[q->n_tasks++] = task;
     if (scratch_bytes > q->scratch_bytes) q->scratch_bytes = scratch_bytes;
+}
+
+void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args, size_t args_bytes,
+                size_t scratch_bytes) {
+    record(q, (cpu_task){.fn = fn, .args = args}, n_units, args_bytes, scratch_bytes);
+}
+
+void cpu_record_small(rast_queue *q, cpu_task_fn fn, size_t n_units, size_t n_values, const void *args,
+                      size_t args_bytes, size_t scratch_bytes) {
+    record(q, (cpu_task){.fn = fn, .args = args, .for_one = n_values <= FEW_VALUES}, n_units, args_bytes,
+           scratch_bytes);
+}
+
+void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, const void *args, size_t args_bytes,
+                       size_t scratch_bytes) {
+    record(q, (cpu_task){.piece = fn, .args = args}, n_units, args_bytes, scratch_bytes);
 }
 
 static size_t round_up(size_t bytes) { /* to whole lines; too much stays too much */

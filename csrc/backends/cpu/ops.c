@@ -6,14 +6,14 @@
 enum {
     COPY_UNIT = 1 << 20,    /* bytes */
     MATMUL_UNIT = 1 << 16,  /* bytes of weights that one unit reads */
-    FEW_ROWS = 4,           /* no more activation rows than these: several streams of weights, better long ones */
-    STREAM_UNIT = 1 << 19,  /* all of them together, */
+    FEW_ROWS = 4,           /* no more activation rows than these: the longer what is read in one go, the better */
     MANY_ROWS = 32,         /* more activation rows than these come from L3 for every unit: it had better be large, */
     LARGE_UNIT = 600 << 10, /* what stays in L2 beside them, */
     THREAD_UNITS = 4,       /* but so many units for each thread */
-    MATMUL_ROWS = 512,      /* most weight rows of a unit, */
-    MANY_MATMUL_ROWS = 96,  /* of one for more than a few activation rows, */
-    LEAST_ROWS = 24,        /* and the least: pieces of so many wait for each other's activations */
+    MANY_MATMUL_ROWS = 96,  /* weight rows of a unit for more than a few activation rows, at most, */
+    LEAST_ROWS = 24,        /* and at least: pieces of so many wait for each other's activations */
+    BIAS_ROWS = 512,
+    GLU_COST = 2, /* of a value, beside that of others */
     MAX_JOBS = 4,
 };
 
@@ -39,9 +39,11 @@ static size_t row_of(const row_args *a, size_t unit, size_t *model, size_t *row)
     return *model * cap_of(&a->pass, a->extent) + *row;
 }
 
-static void record_rows(rast_queue *q, cpu_task_fn fn, row_args *a) {
+/* of `width` values each */
+static void record_rows(rast_queue *q, cpu_task_fn fn, size_t width, row_args *a) {
+    const size_t n = (size_t)n_of(&a->pass, a->extent) * (size_t)a->pass.n_models;
     a->k = cpu_queue_kernels(q);
-    cpu_record(q, fn, (size_t)n_of(&a->pass, a->extent) * (size_t)a->pass.n_models, a, sizeof *a, 0);
+    cpu_record_small(q, fn, n, n * width, a, sizeof *a, 0);
 }
 
 /* ---- copies -------------------------------------------------------------------------------------------------------- */
@@ -101,7 +103,7 @@ static void embed_unit(const void *args, size_t unit, const cpu_worker *worker) 
 
 void cpu_embed(rast_queue *q, const rast_pass *pass, const rast_weight *const *w, rast_dev y) {
     row_args a = {.pass = *pass, .w = w, .y = y};
-    record_rows(q, embed_unit, &a);
+    record_rows(q, embed_unit, (size_t)w[0]->in, &a);
 }
 
 static void norm_unit(const void *args, size_t unit, const cpu_worker *worker) {
@@ -129,7 +131,7 @@ void cpu_norm(rast_queue *q, const rast_pass *pass, int extent, rast_dev x, rast
                   .group = group,
                   .type = y_type,
                   .eps = eps};
-    record_rows(q, norm_unit, &a);
+    record_rows(q, norm_unit, (size_t)dim, &a);
 }
 
 static void glu_unit(const void *args, size_t unit, const cpu_worker *worker) {
@@ -144,7 +146,7 @@ static void glu_unit(const void *args, size_t unit, const cpu_worker *worker) {
 
 void cpu_glu(rast_queue *q, const rast_pass *pass, rast_dev gate, rast_dev up, int32_t dim, rast_dev y) {
     row_args a = {.pass = *pass, .x = gate, .add = up, .dim = dim, .y = y};
-    record_rows(q, glu_unit, &a);
+    record_rows(q, glu_unit, GLU_COST * (size_t)dim, &a);
 }
 
 static void gather_unit(const void *args, size_t unit, const cpu_worker *worker) {
@@ -165,7 +167,7 @@ static void gather_unit(const void *args, size_t unit, const cpu_worker *worker)
 
 void cpu_gather(rast_queue *q, const rast_pass *pass, rast_dev x, rast_dev add, int32_t dim, rast_dev y) {
     row_args a = {.pass = *pass, .x = x, .add = add, .y = y, .dim = dim, .extent = RAST_OF_OUTS};
-    record_rows(q, gather_unit, &a);
+    record_rows(q, gather_unit, (size_t)dim, &a);
 }
 
 /* ---- matrix products ----------------------------------------------------------------------------------------------- */
@@ -209,23 +211,17 @@ static void record_quantize(rast_queue *q, matmul_args *a, int32_t n_jobs) {
         a->groups_at[j] = same < j ? a->groups_at[same] : bytes;
         if (same < j) continue;
         const quantize_args x = {a->k, a->pass, a->jobs[j].x, (size_t)w->in, bytes, cpu_shared(q, 0)};
-        cpu_record(q, quantize_unit, n_rows, &x, sizeof x, 0);
+        cpu_record_small(q, quantize_unit, n_rows, n_rows * (size_t)w->in, &x, sizeof x, 0);
         bytes += n_rows * ((size_t)w->in / CPU_GROUP) * sizeof(cpu_group);
     }
     a->groups = cpu_shared(q, bytes);
 }
 
-static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker) {
-    const matmul_args *a = args;
-    size_t j = 0;
-    (void)worker;
-    while (unit >= a->units[j + 1]) j++;
+/* Weight rows [first, first + n) of a job's model. */
+static void multiply(const matmul_args *a, size_t j, size_t m, size_t first, size_t n) {
     const rast_mm *job = &a->jobs[j];
-    const size_t n_models = (size_t)a->pass.n_models, per_model = (a->units[j + 1] - a->units[j]) / n_models;
-    const size_t m = (unit - a->units[j]) / per_model, first = (unit - a->units[j]) % per_model * a->rows[j];
     const rast_weight *w = job->w[m];
     const size_t n_out = (size_t)w->out, n_in = (size_t)w->in, cap = (size_t)a->pass.cap_rows;
-    const size_t n = n_out - first < a->rows[j] ? n_out - first : a->rows[j];
     const size_t n_rows = (size_t)n_of(&a->pass, RAST_OF_ROWS), x_stride = n_in * cpu_type_bytes(a->pass.act_type);
     float *y = (float *)cpu_ptr(job->y) + m * cap * n_out + first;
     if (w->type < RAST_N_DTYPES) {
@@ -238,23 +234,41 @@ static void matmul_unit(const void *args, size_t unit, const cpu_worker *worker)
                                               (const char *)*a->groups + a->groups_at[j] + m * n_rows * stride, stride,
                                               n_rows, n_in, y, n_out);
     }
-    if (!job->bias) return;
-    float bias[MATMUL_ROWS];
-    const rast_weight *b = job->bias[m];
-    a->k->load((const char *)cpu_ptr(b->data) + first * cpu_type_bytes(b->type), bias, n, b->type);
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t i = 0; i < n; i++) y[r * n_out + i] += bias[i];
+    const rast_weight *b = job->bias ? job->bias[m] : NULL;
+    for (size_t at = 0; b && at < n; at += BIAS_ROWS) {
+        float bias[BIAS_ROWS];
+        const size_t some = n - at < BIAS_ROWS ? n - at : BIAS_ROWS;
+        a->k->load((const char *)cpu_ptr(b->data) + (first + at) * cpu_type_bytes(b->type), bias, some, b->type);
+        for (size_t r = 0; r < n_rows; r++)
+            for (size_t i = 0; i < some; i++) y[r * n_out + at + i] += bias[i];
+    }
+}
+
+static void matmul_piece(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
+    const matmul_args *a = args;
+    const size_t n_models = (size_t)a->pass.n_models;
+    const int few = n_of(&a->pass, RAST_OF_ROWS) <= FEW_ROWS; /* then weights come from memory once, whatever n is */
+    (void)worker;
+    for (size_t j = 0, unit = begin, n; unit < end; unit += n) {
+        while (unit >= a->units[j + 1]) j++;
+        const size_t per_model = (a->units[j + 1] - a->units[j]) / n_models, m = (unit - a->units[j]) / per_model;
+        const size_t at = (unit - a->units[j]) % per_model,
+                     left = per_model - at < end - unit ? per_model - at : end - unit;
+        const size_t first = at * a->rows[j], n_out = (size_t)a->jobs[j].w[m]->out;
+        n = few ? left : 1;
+        multiply(a, j, m, first, n_out - first < n * a->rows[j] ? n_out - first : n * a->rows[j]);
+    }
 }
 
 /* Weight rows of a unit, a multiple of `least`: no result depends on it. */
 static size_t unit_rows(const rast_weight *w, size_t n_rows, size_t n_models, size_t n_threads, size_t least) {
     const size_t share = (size_t)w->out * n_models / (n_threads * THREAD_UNITS);
-    const size_t large = (n_rows > MANY_ROWS ? LARGE_UNIT : n_rows <= FEW_ROWS ? STREAM_UNIT : 0) / w->stride;
-    const size_t most = n_rows <= FEW_ROWS ? MATMUL_ROWS : MANY_MATMUL_ROWS;
+    const size_t large = (n_rows > MANY_ROWS ? LARGE_UNIT : 0) / w->stride;
     size_t rows = MATMUL_UNIT / w->stride, wanted = large < share ? large : share;
+    if (n_rows <= FEW_ROWS) return rows < least ? least : rows / least * least;
     if (wanted > rows) rows = wanted;
     if (rows < LEAST_ROWS) rows = LEAST_ROWS;
-    if (rows > most) rows = most;
+    if (rows > MANY_MATMUL_ROWS) rows = MANY_MATMUL_ROWS;
     return rows < least ? least : rows / least * least;
 }
 
@@ -272,6 +286,6 @@ void cpu_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32
             a.units[j + 1] = a.units[j] + (size_t)pass->n_models * (((size_t)w->out + rows - 1) / rows);
         }
         record_quantize(q, &a, n_jobs);
-        cpu_record(q, matmul_unit, a.units[n_jobs], &a, sizeof a, 0);
+        cpu_record_pieces(q, matmul_piece, a.units[n_jobs], &a, sizeof a, 0);
     }
 }

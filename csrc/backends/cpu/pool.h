@@ -5,9 +5,11 @@
 #include "cpu.h"
 
 typedef struct {
-    cpu_task_fn fn;
+    cpu_task_fn fn;     /* this, */
+    cpu_piece_fn piece; /* or this */
     const void *args;
     uint32_t n_units; /* at least 1 */
+    int32_t for_one;  /* whoever finishes the task before does all of this one */
 } cpu_task;
 
 typedef struct cpu_pool cpu_pool;
