@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _core
 from .weights import Tensor
@@ -26,6 +27,8 @@ AS_GOOD: Mapping[str, frozenset[str]] = {
 }
 
 _CHUNK = 1 << 22  # elements a thread quantizes at a time
+_ARENA = 1 << 26  # bytes that matrices share: NumPy asks for huge pages for such, not for each of them
+_LINE = 64  # bytes of a cache line, where matrices begin
 
 Quantization = str | Mapping[str, str | None] | None
 
@@ -68,6 +71,7 @@ class Quantizer:
         self._progress = progress
         self._done = 0
         self._left: list[tuple[str, int]] = []
+        self._arena = np.empty(0, np.uint8)  # what is left of it
 
     def fits(self, columns: int) -> bool:
         return columns % BLOCKS[self.type][0] == 0
@@ -85,7 +89,7 @@ class Quantizer:
             self.leave(name, columns)
             self._advance(array.nbytes)
             return tensor
-        out = np.empty((-(-rows // tile) * tile, columns // group * block), np.uint8)
+        out = self._new(-(-rows // tile) * tile, columns // group * block)
         step = max(1, _CHUNK // max(1, columns * tile)) * tile
 
         def part(begin: int) -> int:
@@ -102,6 +106,15 @@ class Quantizer:
                     f"{self._file}: tensor {name!r} cannot be quantized to {self.type}: {error}"
                 ) from error
         return out, self.type
+
+    def _new(self, rows: int, row_bytes: int) -> NDArray[np.uint8]:
+        size = rows * row_bytes
+        start = -self._arena.ctypes.data % _LINE
+        if start + size > self._arena.size:
+            self._arena = np.empty(max(size + _LINE, min(_ARENA, self.total)), np.uint8)
+            start = -self._arena.ctypes.data % _LINE
+        out, self._arena = self._arena[start : start + size], self._arena[start + size :]
+        return out.reshape(rows, row_bytes)
 
     def _advance(self, n_bytes: int) -> None:
         self._done += n_bytes
