@@ -143,8 +143,9 @@ RAST_API size_t rast_type_group(int32_t type);
 RAST_API size_t rast_row_bytes(int32_t type, size_t n);
 /* How many rows are stored for n: those of whole tiles, where a type has tiles. */
 RAST_API size_t rast_stored_rows(int32_t type, size_t n);
-/* Quantizes n_rows rows of n elements of a float type to out, rast_stored_rows(type, n_rows) of rast_row_bytes(type, n): to nearest,
- * for type RAST_INT8 (q within -127 .. 127), RAST_INT4 or RAST_INT4_64. A group with NaN or Inf becomes NaN. */
+/* Quantizes n_rows rows of n elements of a float type to out, rast_stored_rows(type, n_rows) of rast_row_bytes(type, n): to
+ * nearest, for type RAST_INT8 (q within -127 .. 127), RAST_INT4 or RAST_INT4_64. A group with NaN or Inf becomes NaN. All parts of
+ * a matrix but the last must be whole tiles. */
 RAST_API int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out,
                            rast_error *err);
 

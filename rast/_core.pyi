@@ -39,8 +39,8 @@ class Net(TypedDict, total=False):
     config: NetConfig
     # name -> (array, stored dtype "F32" | "BF16" | "F16" | "Q8_0" | "Q4_0" | "Q4_1" | "int8" | "int4" | "int4-64"). The
     # array is C-contiguous, native-endian, and has itemsize 4 (F32) or 2 (uint16 or float16), 1 or 2 dimensions;
-    # quantized it is uint8 [rows, bytes of a row's blocks], the last three with rows to a multiple of TILE_ROWS. The CPU
-    # uses it in place; the model keeps it alive.
+    # quantized it is uint8 [rows, bytes of a row's blocks], the last three with rows to a multiple of TILE_ROWS. The
+    # CPU uses it in place; the model keeps it alive.
     tensors: Mapping[str, tuple[NDArray[Any], str]]
     dtype: str  # "float32" | "bfloat16" | "float16"
     uncommon: NDArray[np.int32] | None
@@ -63,8 +63,8 @@ def cpu_isas() -> list[str]:
     """The instruction sets this machine can run, best last."""
 
 def quantize(array: NDArray[Any], dtype: str, type: str, out: NDArray[np.uint8]) -> None:
-    """Quantizes a matrix of dtype "F32", "BF16" or "F16" to "int8", "int4" or "int4-64"; out: [rows, bytes of a row], with
-    rows to a multiple of TILE_ROWS."""
+    """Quantizes a matrix of dtype "F32", "BF16" or "F16" to "int8", "int4" or "int4-64"; out: [rows, bytes of a row],
+    with rows to a multiple of TILE_ROWS."""
 
 def check_device(device: str, index: int = 0, plugin: str | None = None) -> None:
     """Opens and closes a device ("cpu", "cuda"); RuntimeError says what is missing. plugin: the CUDA backend's path."""

@@ -22,7 +22,7 @@ from test_loading_safetensors import is_mapped
 from test_smollm2 import gguf_path
 
 from rast import _core
-from rast.loading import load_net, quantization_by_role
+from rast.loading import load_net, quantization_by_role, quantize
 
 Kind = gguf.GGMLQuantizationType
 # What the core quantizes to, and GGUF's type with the same blocks, row by row.
@@ -93,6 +93,21 @@ def test_quantized_at_load(name: str, dtype: str, zoo: ModelZoo) -> None:
     assert {what for what, _, _ in steps} == {"quantizing model.safetensors"}
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
     assert steps[-1][1] == steps[-1][2]
+
+
+def test_matrices_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes, each has its own part, aligned to a cache line."""
+    monkeypatch.setattr(quantize, "_ARENA", 100_000)
+    rng = np.random.default_rng(0)
+    made = []
+    quantizer = quantize.Quantizer("int8", Path("file"), None)
+    for i, rows in enumerate(rng.permutation([1, 16, 17, 100, 300, 600, 900, 20, 33, 2000, 5])):
+        matrix = rng.standard_normal((rows, 96)).astype(np.float32)
+        quantizer.total += matrix.nbytes
+        made.append((matrix, quantizer(str(i), (matrix, "F32"))[0]))
+    for matrix, stored in made:
+        assert stored.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(stored, quantized(matrix, "int8"))
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])

@@ -37,7 +37,7 @@ typedef struct {
     rast_dev data;
     int32_t out, in; /* y[out] = W[out, in] x[in]; a vector has out = 1 */
     int32_t type;    /* rast_dtype as stored */
-    size_t stride;   /* bytes from one row to the next */
+    size_t stride; /* bytes of a row: from one to the next, or where a type has tiles, those rows' share of a tile's */
 } rast_weight;
 
 typedef struct {                    /* y[m, r, :] = W_m x[m, r, :] + bias_m */

@@ -15,7 +15,7 @@ static const struct {
 };
 enum { TILE = RAST_TILE_ROWS, MAX_GROUP = 64, MAX_BLOCK = 36 };
 
-static int has_tiles(int32_t type) { return type >= RAST_INT8; }
+static int has_tiles(int32_t type) { return type >= RAST_INT8 && type < RAST_N_TYPES; }
 
 size_t rast_type_group(int32_t type) { return type < 0 || type >= RAST_N_TYPES ? 0 : types[type].group; }
 
@@ -148,8 +148,7 @@ static void take_from_tile(const uint8_t *tile, size_t lane, int32_t type, uint8
 int rast_quantize(const void *rows, int32_t dtype, size_t n_rows, size_t n, int32_t type, void *out, rast_error *err) {
     if (dtype < 0 || dtype >= RAST_N_DTYPES)
         return rast_fail(err, RAST_ERR_UNSUPPORTED, "dtype %d cannot be quantized", dtype);
-    if (type < 0 || type >= RAST_N_TYPES || !has_tiles(type))
-        return rast_fail(err, RAST_ERR_UNSUPPORTED, "cannot quantize to type %d", type);
+    if (!has_tiles(type)) return rast_fail(err, RAST_ERR_UNSUPPORTED, "cannot quantize to type %d", type);
     const size_t group = types[type].group, bytes = types[type].bytes, size = types[dtype].bytes;
     if (n % group)
         return rast_fail(err, RAST_ERR_VALUE, "rows of %zu are not a multiple of the groups of %zu", n, group);

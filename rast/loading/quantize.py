@@ -58,6 +58,10 @@ def check_name(name: object) -> None:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name!r}")
 
 
+def aligned(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return memory[-memory.ctypes.data % _LINE :]
+
+
 class Quantizer:
     """Quantizes matrices to one type; remembers those that it cannot.
 
@@ -109,12 +113,14 @@ class Quantizer:
 
     def _new(self, rows: int, row_bytes: int) -> NDArray[np.uint8]:
         size = rows * row_bytes
-        start = -self._arena.ctypes.data % _LINE
-        if start + size > self._arena.size:
-            self._arena = np.empty(max(size + _LINE, min(_ARENA, self.total)), np.uint8)
-            start = -self._arena.ctypes.data % _LINE
-        out, self._arena = self._arena[start : start + size], self._arena[start + size :]
-        return out.reshape(rows, row_bytes)
+        if size > _ARENA // 4:  # large enough by itself; what is left of the arena serves smaller ones
+            out = aligned(np.empty(size + _LINE, np.uint8))
+        else:
+            if aligned(self._arena).size < size:
+                self._arena = np.empty(max(size + _LINE, min(_ARENA, self.total)), np.uint8)
+            out = aligned(self._arena)
+            self._arena = out[size:]
+        return out[:size].reshape(rows, row_bytes)
 
     def _advance(self, n_bytes: int) -> None:
         self._done += n_bytes

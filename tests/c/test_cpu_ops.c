@@ -702,7 +702,9 @@ static void test_copies(device *d) {
 typedef struct {
     uint32_t *done; /* [tasks, MAX_UNITS] how often a unit has run */
     size_t task, n_before, *units;
-    int *early; /* a unit ran before the task before it was done */
+    int *early;       /* a unit ran before the task before it was done */
+    int32_t *threads; /* [MAX_UNITS] who ran the units, if that is asked */
+    size_t *pieces;
 } pool_args;
 
 enum { MAX_UNITS = 700, TASKS = 40 };
@@ -715,11 +717,47 @@ static void pool_unit(const void *args, size_t unit, const cpu_worker *worker) {
         for (size_t i = 0; i < a->units[a->task - 1]; i++)
             if (a->done[(a->task - 1) * MAX_UNITS + i] != a->n_before) *a->early = 1;
     a->done[a->task * MAX_UNITS + unit]++;
+    if (a->threads) a->threads[unit] = worker->thread;
 }
 
 static void pool_piece(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
     if (begin >= end) *((const pool_args *)args)->early = 1;
     for (size_t unit = begin; unit < end; unit++) pool_unit(args, unit, worker);
+    if (((const pool_args *)args)->pieces) ++*((const pool_args *)args)->pieces;
+}
+
+/* One thread does all of a small task; a thread alone takes a task in as many pieces as it was told to. */
+static void test_pieces(const char *name) {
+    enum { UNITS = 64 };
+    uint32_t done[2 * MAX_UNITS] = {0};
+    size_t units[2] = {UNITS, UNITS}, n_pieces = 0;
+    int32_t threads[MAX_UNITS];
+    int early = 0;
+    device d = device_open(3, name);
+    for (int run = 0; run < 50; run++) {
+        memset(done, 0, sizeof done);
+        ops->begin(d.q, 0);
+        const pool_args first = {done, 0, 1, units, &early, NULL, NULL},
+                        second = {done, 1, 1, units, &early, threads, NULL};
+        cpu_record(d.q, pool_unit, UNITS, &first, sizeof first, 64);
+        cpu_record_small(d.q, pool_unit, UNITS, 1, &second, sizeof second, 65);
+        submit(&d);
+        for (size_t i = 0; i < UNITS; i++) CHECK(threads[i] == threads[0], "several threads do a small task");
+        CHECK(!early, "a barrier does not hold");
+    }
+    device_close(&d);
+    d = device_open(1, name);
+    for (uint32_t pieces = 1; pieces <= 4; pieces *= 2) {
+        const pool_args all = {done, 0, 1, units, &early, NULL, &n_pieces};
+        size_t want = 0;
+        for (size_t left = UNITS; left; want++) left -= left < pieces ? 1 : left / pieces;
+        n_pieces = 0;
+        ops->begin(d.q, 0);
+        cpu_record_pieces(d.q, pool_piece, UNITS, pieces, &all, sizeof all, 64);
+        submit(&d);
+        CHECK(n_pieces == want, "%zu pieces, not %zu", n_pieces, want);
+    }
+    device_close(&d);
 }
 
 static void test_pool(const char *name) {
@@ -733,13 +771,13 @@ static void test_pool(const char *name) {
             ops->begin(d.q, 0);
             for (size_t t = 0; t < TASKS; t++) {
                 units[t] = run % 7 == 0 ? 1 : 1 + below(run % 5 ? 12 : MAX_UNITS);
-                const pool_args a = {done, t, 1, units, &early};
+                const pool_args a = {done, t, 1, units, &early, NULL, NULL};
                 void *temp = cpu_temp(d.q, 100 * t);
                 CHECK(temp && (uintptr_t)temp % 64 == 0, "cpu_temp");
                 memset(temp, 1, 100 * t);
                 switch (below(4)) {
                 case 0:
-                    cpu_record_pieces(d.q, pool_piece, units[t], &a, sizeof a, 64 + t);
+                    cpu_record_pieces(d.q, pool_piece, units[t], 1 + (uint32_t)below(5), &a, sizeof a, 64 + t);
                     break;
                 case 1: /* all by one thread */
                     cpu_record_small(d.q, pool_unit, units[t], units[t], &a, sizeof a, 64 + t);
@@ -847,8 +885,8 @@ static void test_device_errors(void) {
     CHECK(w.data == dev(data) && w.out == 2 && w.in == 3 && w.stride == 12 && w.type == RAST_F32, "bind");
     ops->unbind(ctx, &w);
     rast_tensor bad = good;
-    bad.dtype = 7;
-    CHECK(ops->bind(ctx, &bad, RAST_F32, &w, &err) != RAST_OK, "dtype 7");
+    bad.dtype = RAST_N_TYPES;
+    CHECK(ops->bind(ctx, &bad, RAST_F32, &w, &err) == RAST_ERR_UNSUPPORTED, "a dtype that is none");
     bad = good, bad.n_dims = 3;
     CHECK(ops->bind(ctx, &bad, RAST_F32, &w, &err) != RAST_OK, "3 dimensions");
     bad = good, bad.shape[1] = (size_t)1 << 40;
@@ -890,6 +928,7 @@ int main(void) {
     const size_t n = cpu_kernels_available(kernels);
     test_device_errors();
     test_pool(kernels[0]->name);
+    test_pieces(kernels[0]->name);
     test_rounding_mode(kernels[0]->name);
     test_fork(kernels[0]->name);
     for (size_t i = 0; i < n; i++) test_isa(kernels[i]);

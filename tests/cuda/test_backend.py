@@ -538,10 +538,16 @@ def test_graphs_change_nothing(
             np.testing.assert_array_equal(getattr(with_graphs, name), getattr(without, name), err_msg=name)
 
 
-def test_dequantized_on_the_way(folders: tuple[Path, Path, Path]) -> None:
+@pytest.mark.parametrize(
+    ("type", "vocab", "hidden"),
+    [
+        *((type, 67, 64) for type in ("int8", "int4", "int4-64", "Q8_0", "Q4_0", "Q4_1")),
+        ("int4", 21_900, 96),  # more than one buffer, of which 21,845 rows would fit
+    ],
+)
+def test_dequantized_on_the_way(type: str, vocab: int, hidden: int, folders: tuple[Path, Path, Path]) -> None:
     """Blocks of quantized types arrive as the numbers they stand for."""
     rng = np.random.default_rng(0)
-    vocab, hidden = 67, 64
     shapes = {
         "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -554,13 +560,14 @@ def test_dequantized_on_the_way(folders: tuple[Path, Path, Path]) -> None:
     }
     weights = {name: rng.normal(size=shape).astype(np.float32) / 4 for name, shape in shapes.items()}
     config: _core.NetConfig = dict(
-        n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_size=hidden, intermediate_size=128, vocab_size=vocab,
-        max_context=64, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,
+        n_layers=1, n_heads=hidden // 32, n_kv_heads=hidden // 32, head_dim=32, hidden_size=hidden,
+        intermediate_size=128, vocab_size=vocab, max_context=64, rms_norm_eps=1e-5, rope_theta=1e4,
+        tie_word_embeddings=True,
     )  # fmt: skip
 
-    def logits(tensors: Any, device: str) -> Any:
+    def logits(tensors: Any) -> Any:
         net: _core.Net = dict(name="net", config=config, tensors=tensors, dtype="float32")
-        model = _core.Model([net], device=device, plugin=os.environ[devices.PLUGIN])
+        model = _core.Model([net], device="cuda", plugin=os.environ[devices.PLUGIN])
         request: _core.Request = dict(
             ids=np.arange(9, dtype=np.int32), coef=np.ones(1, np.float32), max_new=0,
             want=_core.WANT_PROMPT | _core.WANT_LOGITS,
@@ -568,22 +575,21 @@ def test_dequantized_on_the_way(folders: tuple[Path, Path, Path]) -> None:
         (result,) = _core.Engine(model, kv_bytes=1 << 20).run([request])
         return result["prompt"]["logits"]
 
-    for type in ("int8", "int4", "int4-64", "Q8_0", "Q4_0", "Q4_1"):
-        blocks: dict[str, Any] = {}
-        floats: dict[str, Any] = {}
-        for name, array in weights.items():
-            if array.ndim == 1:
-                blocks[name] = floats[name] = (array, "F32")
-            elif type in BLOCKS:
-                group, block = BLOCKS[type]
-                out = np.zeros((-(-len(array) // TILE) * TILE, array.shape[1] // group * block), np.uint8)
-                _core.quantize(array, "F32", type, out)
-                blocks[name], floats[name] = (out, type), (dequantized(out, type, array.shape), "F32")
-            else:
-                kind = gguf.GGMLQuantizationType[type]
-                out = gguf.quants.quantize(array, kind)
-                blocks[name], floats[name] = (out, type), (gguf.quants.dequantize(out, kind), "F32")
-        np.testing.assert_array_equal(logits(blocks, "cuda"), logits(floats, "cuda"))
+    blocks: dict[str, Any] = {}
+    floats: dict[str, Any] = {}
+    for name, array in weights.items():
+        if array.ndim == 1:
+            blocks[name] = floats[name] = (array, "F32")
+        elif type in BLOCKS:
+            group, block = BLOCKS[type]
+            out = np.zeros((-(-len(array) // TILE) * TILE, array.shape[1] // group * block), np.uint8)
+            _core.quantize(array, "F32", type, out)
+            blocks[name], floats[name] = (out, type), (dequantized(out, type, array.shape), "F32")
+        else:
+            kind = gguf.GGMLQuantizationType[type]
+            out = gguf.quants.quantize(array, kind)
+            blocks[name], floats[name] = (out, type), (gguf.quants.dequantize(out, kind), "F32")
+    np.testing.assert_array_equal(logits(blocks), logits(floats))
 
 
 def dequantized(stored: Any, type: str, shape: tuple[int, ...]) -> Any:

@@ -16,7 +16,9 @@ enum {
     SEGMENT_BLOCKS = CPU_SEGMENT / RAST_BLOCK_TOKENS,
     TILE_QUERIES = 6,  /* that one call of a kernel takes; more where a row has more */
     UNIT_QUERIES = 24, /* that go through a segment after each other, while it stays in the cache */
-    FEW_UNITS = 8,     /* units a thread below which rows go alone, and then segments of a row */
+    AHEAD_BLOCKS = 2,  /* of the next unit, which are fetched meanwhile */
+    LINE = 64,
+    FEW_UNITS = 8, /* units a thread below which rows go alone, and then segments of a row */
 };
 
 typedef struct {
@@ -191,8 +193,27 @@ static void finish(const attention_args *a, const place *p, size_t r, float *tot
                 a->pass.act_type);
 }
 
-static void rows_unit(const void *args, size_t unit, const cpu_worker *worker) {
-    const attention_args *a = args;
+/* Asks for the first keys and values of a unit: other weights and sequences have passed by since they were last used. */
+static void prefetch_unit(const attention_args *a, size_t unit) {
+    const rast_kv *kv = &a->kv;
+    const place p = place_of(a, unit);
+    const size_t head_bytes = (size_t)kv->head_dim * RAST_BLOCK_TOKENS * cpu_type_bytes(kv->type);
+    const int32_t *seg = cpu_ints(a->pass.row_seg) + p.first;
+    for (size_t r = 0; r < p.n; r++) {
+        const range seen = range_of(a, &p, r);
+        if (r && seg[r] == seg[r - 1]) continue;
+        for (size_t b = seen.lo / RAST_BLOCK_TOKENS, n = 0; n < AHEAD_BLOCKS && b * RAST_BLOCK_TOKENS < seen.hi;
+             b++, n++) {
+            const uint8_t *k = block_of(a, p.model, (size_t)seg[r], b * RAST_BLOCK_TOKENS) + p.head * head_bytes;
+            for (size_t i = 0; i < head_bytes; i += LINE) {
+                __builtin_prefetch(k + i, 0, 2);
+                __builtin_prefetch(k + kv->v_offset + i, 0, 2);
+            }
+        }
+    }
+}
+
+static void rows_unit(const attention_args *a, size_t unit, const cpu_worker *worker) {
     const size_t floats = row_floats(&a->kv), group = group_of(&a->kv), dim = (size_t)a->kv.head_dim;
     const place p = place_of(a, unit);
     float *total = worker->scratch, *partial = total + a->unit_rows * floats;
@@ -215,6 +236,13 @@ static void rows_unit(const void *args, size_t unit, const cpu_worker *worker) {
         }
     }
     for (size_t r = 0; r < p.n; r++) finish(a, &p, r, total + r * floats);
+}
+
+static void rows_task(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
+    for (size_t unit = begin; unit < end; unit++) {
+        if (unit + 1 < end) prefetch_unit(args, unit + 1);
+        rows_unit(args, unit, worker);
+    }
 }
 
 static float *partial_at(const attention_args *a, size_t unit, size_t segment) {
@@ -273,5 +301,6 @@ void cpu_attention(rast_queue *q, const rast_pass *pass, rast_dev query, const r
         cpu_record(q, merge_unit, n_units, &a, sizeof a, 0);
         return;
     }
-    cpu_record(q, rows_unit, n_units, &a, sizeof a, (2 * a.unit_rows * floats + room) * sizeof(float));
+    cpu_record_pieces(q, rows_task, n_units, CPU_PIECES, &a, sizeof a,
+                      (2 * a.unit_rows * floats + room) * sizeof(float));
 }

@@ -529,6 +529,6 @@ void cpu_combine(rast_queue *q, const rast_logits *l) {
         cpu_temp(q, PTRDIFF_MAX); /* fails, which submit reports */
         return;
     }
-    cpu_record_pieces(q, span_task, n_units, &job, sizeof job, span_bytes);
+    cpu_record_pieces(q, span_task, n_units, job.n_blocks > 1 ? CPU_PIECES : 1, &job, sizeof job, span_bytes);
     cpu_record(q, row_task, n_out, &job, sizeof job, row_bytes);
 }

@@ -109,7 +109,7 @@ static int32_t cpu_n_threads(const rast_ctx *ctx) { return ctx->n_threads; }
 
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
 
-/* Both kinds come straight from the system: zeroed, and backed page by page as they are touched. */
+/* All kinds come straight from the system: zeroed, and backed page by page, huge ones if it can, as they are touched. */
 static int cpu_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_error *err) {
     size_t total;
     (void)ctx;
@@ -119,6 +119,7 @@ static int cpu_alloc(rast_ctx *ctx, size_t bytes, int kind, rast_dev *out, rast_
     uint8_t *memory = mmap(NULL, total, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED)
         return rast_fail(err, RAST_ERR_MEMORY, "cannot allocate %zu bytes: %s", bytes, strerror(errno));
+    madvise(memory, total, MADV_HUGEPAGE); /* may fail: then pages are small */
     memcpy(memory, &total, sizeof total);
     *out = (rast_dev)(uintptr_t)(memory + HEADER);
     return RAST_OK;
@@ -277,18 +278,18 @@ static void record(rast_queue *q, cpu_task task, size_t n_units, size_t args_byt
 
 void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args, size_t args_bytes,
                 size_t scratch_bytes) {
-    record(q, (cpu_task){.fn = fn, .args = args}, n_units, args_bytes, scratch_bytes);
+    record(q, (cpu_task){.fn = fn, .args = args, .pieces = CPU_PIECES}, n_units, args_bytes, scratch_bytes);
 }
 
 void cpu_record_small(rast_queue *q, cpu_task_fn fn, size_t n_units, size_t n_values, const void *args,
                       size_t args_bytes, size_t scratch_bytes) {
-    record(q, (cpu_task){.fn = fn, .args = args, .for_one = n_values <= FEW_VALUES}, n_units, args_bytes,
-           scratch_bytes);
+    const cpu_task task = {.fn = fn, .args = args, .pieces = CPU_PIECES, .for_one = n_values <= FEW_VALUES};
+    record(q, task, n_units, args_bytes, scratch_bytes);
 }
 
-void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, const void *args, size_t args_bytes,
-                       size_t scratch_bytes) {
-    record(q, (cpu_task){.piece = fn, .args = args}, n_units, args_bytes, scratch_bytes);
+void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, uint32_t pieces, const void *args,
+                       size_t args_bytes, size_t scratch_bytes) {
+    record(q, (cpu_task){.piece = fn, .args = args, .pieces = pieces}, n_units, args_bytes, scratch_bytes);
 }
 
 static size_t round_up(size_t bytes) { /* to whole lines; too much stays too much */

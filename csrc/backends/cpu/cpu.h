@@ -17,6 +17,8 @@ typedef struct {
 typedef void (*cpu_task_fn)(const void *args, size_t unit, const cpu_worker *worker);
 typedef void (*cpu_piece_fn)(const void *args, size_t begin, size_t end, const cpu_worker *worker);
 
+enum { CPU_PIECES = 4 }; /* in which a thread takes its share, unless they are better long */
+
 /* Records a task; args are copied (16-byte aligned). A failure to allocate is remembered and returned by submit. */
 void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args, size_t args_bytes,
                 size_t scratch_bytes);
@@ -24,9 +26,9 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
  * hand some to others. */
 void cpu_record_small(rast_queue *q, cpu_task_fn fn, size_t n_units, size_t n_values, const void *args,
                       size_t args_bytes, size_t scratch_bytes);
-/* The same for a function that takes the units [begin, end) at once, as many as a thread has taken. */
-void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, const void *args, size_t args_bytes,
-                       size_t scratch_bytes);
+/* The same for a function that takes the units [begin, end) at once: a thread's share of what is left in so many pieces. */
+void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, uint32_t pieces, const void *args,
+                       size_t args_bytes, size_t scratch_bytes);
 
 /* Memory (64-byte aligned, contents undefined) that lives until the work recorded so far has run; NULL: out of memory, which
  * submit will return (then record nothing that needs it). Capacity is kept from step to step. */

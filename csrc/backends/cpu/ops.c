@@ -286,6 +286,6 @@ void cpu_matmul(rast_queue *q, const rast_pass *pass, const rast_mm *jobs, int32
             a.units[j + 1] = a.units[j] + (size_t)pass->n_models * (((size_t)w->out + rows - 1) / rows);
         }
         record_quantize(q, &a, n_jobs);
-        cpu_record_pieces(q, matmul_piece, a.units[n_jobs], &a, sizeof a, 0);
+        cpu_record_pieces(q, matmul_piece, a.units[n_jobs], n_rows <= MANY_ROWS ? 1 : CPU_PIECES, &a, sizeof a, 0);
     }
 }

@@ -1,9 +1,10 @@
 /* pool.c: threads that run a list of tasks together.
  *
  * One word, the ticket, says which task runs and how many of its units nobody has taken. A thread takes units by
- * lowering it; whoever finishes a task's last unit does what follows for one thread and puts up the next task for all. So a thread that the system has put aside holds
- * up no more than the units it has in hand, and one that has none holds up nothing: it touches the tasks only while it
- * owns units of them. Waiting is a bounded spin, then a futex.
+ * lowering it; whoever finishes a task's last unit does what follows for one thread and puts up the next task for all.
+ * So a thread that the system has put aside holds up no more than the units it has in hand, and one that has none holds up
+ * nothing: it touches the tasks only while it owns units of them, or has finished the last one and not yet put up what
+ * follows. Waiting is a bounded spin, then a futex.
  */
 #include "pool.h"
 
@@ -20,11 +21,7 @@
 
 #include "../../error.h"
 
-enum {
-    SPINS = 4000,
-    PIECES =
-        4, /* a thread's share of what is left of a task is taken in so many, or in one where pieces are better long */
-};
+enum { SPINS = 4000 };
 
 struct cpu_pool {
     int32_t n_threads, n_started;
@@ -34,7 +31,7 @@ struct cpu_pool {
         int32_t thread;
     } *starts;
     pid_t owner;
-    /* of the run; read only by who owns units */
+    /* of the run; read only by who owns units, or has finished the last one */
     const cpu_task *tasks;
     void *const *scratch;
     uint32_t first, n_tasks; /* number of the first task; tasks have numbers that go on from run to run */
@@ -57,7 +54,7 @@ static void pause_a_little(void) {
 
 static void put_up(cpu_pool *pool, uint32_t number, const cpu_task *task) {
     const uint32_t n_units = task ? task->n_units : 0;
-    atomic_store(&pool->share, (uint32_t)pool->n_threads * (task && task->piece ? 1 : PIECES));
+    atomic_store(&pool->share, (uint32_t)pool->n_threads * (task ? task->pieces : 1));
     atomic_store(&pool->number, number); /* first: nobody can put up another task before this ticket is there */
     atomic_store(&pool->ticket, (unsigned long long)number << 32 | n_units);
     if (atomic_load(&pool->sleepers)) syscall(SYS_futex, &pool->number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);

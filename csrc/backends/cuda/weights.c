@@ -60,7 +60,7 @@ static int loader_ready(rast_ctx *ctx, rast_error *err) {
     return status;
 }
 
-/* Sends `rows` rows of `bytes` each; type: what they are on the way (a float). */
+/* Sends `rows` rows of n_in elements, from `first` on, which begins a tile; type: what they are on the way (a float). */
 static int send_rows(rast_ctx *ctx, const rast_tensor *t, size_t first, size_t rows, size_t n_in, int32_t type,
                      const rast_weight *to, rast_error *err) {
     cuda_loader *loader = ctx->loader;
