@@ -40,8 +40,8 @@ class LoadedNet:
     architecture: str
     config: NetConfig
     tensors: dict[str, Tensor]
-    """HuggingFace name -> (array, stored dtype); 16-bit floats as uint16, quantized rows as uint8 [rows, bytes], those that
-    were made at load with rows to a multiple of 16."""
+    """HuggingFace name -> (array, stored dtype); 16-bit floats as uint16, quantized rows as uint8 [rows, bytes], those
+    that were made at load with rows to a multiple of 16."""
     dtype: str
     """Rounding mode: "float32" | "bfloat16" | "float16"."""
     tokenizer: Tokenizer | None
