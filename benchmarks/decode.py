@@ -35,27 +35,39 @@ def main() -> None:
             while True:
                 yield rng.integers(0, field.vocab_size, (batch, PROMPT_TOKENS))
 
+        # A round runs every batch size of a contestant, and measures the memory for each: what is compared lies close
+        # together in time.
+        runs: dict[str, Callable[[], float]] = {}
+        first_ids: dict[int, dict[str, list[Any]]] = {batch: {} for batch in args.batch}
+        for roles, system in ((3, "trio"), (1, "base")):
+            for name, contestant in contestants.items():
+                if (name, system) == ("HuggingFace", "base"):
+                    continue
+                for batch in args.batch:
+                    if not first_ids[batch]:
+                        runs[key("memory", batch)] = lambda: memory.call("read")
+                    seen = first_ids[batch].setdefault(f"{name} {system}", [])
+                    run = runner(contestant, roles, prompts(batch, roles), args.tokens, seen)
+                    runs[key(f"{name} {system}", batch)] = run
+        other_work = field.other_work()
+        results = measure(runs, args.rounds)
+        share = other_work.share()
+        warn_of_other_work(share)
         batches = {}
         for batch in args.batch:
-            first_ids: dict[str, list[Any]] = {}
-            runs: dict[str, Callable[[], float]] = {"memory": lambda: memory.call("read")}
-            for roles, system in ((3, "trio"), (1, "base")):
-                for name, contestant in contestants.items():
-                    if (name, system) != ("HuggingFace", "base"):
-                        seen = first_ids.setdefault(f"{name} {system}", [])
-                        runs[f"{name} {system}"] = runner(contestant, roles, prompts(batch, roles), args.tokens, seen)
-            other_work = field.other_work()
-            results = measure(runs, args.rounds)
-            share = other_work.share()
-            warn_of_other_work(share)
-            same = agreement(first_ids)
-            batches[str(batch)] = {"results": results, "agreement": same, "other_work": share}
+            same = agreement(first_ids[batch])
+            of_batch = {name: results[key(name, batch)] for name in ("memory", *first_ids[batch])}
+            batches[str(batch)] = {"results": of_batch, "agreement": same, "other_work": share}
             for name, value in same.items():
                 if value < LEAST_AGREEMENT and "int" not in name:
-                    print(f"{name}: only {value:.0%} of first tokens are as expected", file=sys.stderr)
+                    print(f"{name}, batch {batch}: only {value:.0%} of first tokens are as expected", file=sys.stderr)
         result = report("decode", args, field, prompt_tokens=PROMPT_TOKENS, tokens=args.tokens, batches=batches)
         save(args.json, result)
         print(decode_table([result]))
+
+
+def key(name: str, batch: int) -> str:
+    return f"{name}, batch {batch}"
 
 
 def runner(

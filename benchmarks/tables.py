@@ -69,7 +69,7 @@ def step_bytes(report: Report, name: str, batch: int) -> float:
 def decode_rows(report: Report) -> list[dict[str, Any]]:
     """The numbers of the table and the plot: one row for each batch size and each contestant that is rast."""
     rows = []
-    first: dict[str, float] = {}
+    first: dict[str, list[float]] = {}
     for batch_name, batch_results in report["batches"].items():
         batch = int(batch_name)
         speeds = batch_results["results"]
@@ -84,8 +84,8 @@ def decode_rows(report: Report) -> list[dict[str, Any]]:
                 row[f"{column} share"] = per_byte and per_byte / batch * step_bytes(report, contestant, batch)
                 row[f"rast : {column}"] = over(ours, trio)
             if batch == 1:
-                first[name] = statistics.median(ours)
-            row["growth"] = statistics.median(ours) / first[name] if name in first and batch > 1 else None
+                first[name] = ours
+            row["growth"] = over(ours, first.get(name)) if batch > 1 else None
             rows.append(row)
     return sorted(rows, key=lambda row: len(row["name"]))  # stable: the peers' weights first
 
