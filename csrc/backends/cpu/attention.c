@@ -193,7 +193,8 @@ static void finish(const attention_args *a, const place *p, size_t r, float *tot
                 a->pass.act_type);
 }
 
-/* Asks for the first keys and values of a unit: other weights and sequences have passed by since they were last used. */
+/* Asks for the first keys and values of a unit: other weights and sequences have passed by since they were last used. Blocks
+ * that a row shares with the row before it are there. */
 static void prefetch_unit(const attention_args *a, size_t unit) {
     const rast_kv *kv = &a->kv;
     const place p = place_of(a, unit);
@@ -201,9 +202,9 @@ static void prefetch_unit(const attention_args *a, size_t unit) {
     const int32_t *seg = cpu_ints(a->pass.row_seg) + p.first;
     for (size_t r = 0; r < p.n; r++) {
         const range seen = range_of(a, &p, r);
-        if (r && seg[r] == seg[r - 1]) continue;
-        for (size_t b = seen.lo / RAST_BLOCK_TOKENS, n = 0; n < AHEAD_BLOCKS && b * RAST_BLOCK_TOKENS < seen.hi;
-             b++, n++) {
+        const size_t first = seen.lo / RAST_BLOCK_TOKENS, shared = r ? shared_blocks(a, &p, r) : 0;
+        for (size_t b = first; b < first + AHEAD_BLOCKS && b * RAST_BLOCK_TOKENS < seen.hi; b++) {
+            if (b < shared) continue;
             const uint8_t *k = block_of(a, p.model, (size_t)seg[r], b * RAST_BLOCK_TOKENS) + p.head * head_bytes;
             for (size_t i = 0; i < head_bytes; i += LINE) {
                 __builtin_prefetch(k + i, 0, 2);

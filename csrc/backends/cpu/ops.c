@@ -262,13 +262,16 @@ static void matmul_piece(const void *args, size_t begin, size_t end, const cpu_w
 
 /* Weight rows of a unit, a multiple of `least`: no result depends on it. */
 static size_t unit_rows(const rast_weight *w, size_t n_rows, size_t n_models, size_t n_threads, size_t least) {
-    const size_t share = (size_t)w->out * n_models / (n_threads * THREAD_UNITS);
-    const size_t large = (n_rows > MANY_ROWS ? LARGE_UNIT : 0) / w->stride;
-    size_t rows = MATMUL_UNIT / w->stride, wanted = large < share ? large : share;
-    if (n_rows <= FEW_ROWS) return rows < least ? least : rows / least * least;
-    if (wanted > rows) rows = wanted;
-    if (rows < LEAST_ROWS) rows = LEAST_ROWS;
-    if (rows > MANY_MATMUL_ROWS) rows = MANY_MATMUL_ROWS;
+    size_t rows = MATMUL_UNIT / w->stride;
+    if (n_rows > MANY_ROWS) {
+        const size_t share = (size_t)w->out * n_models / (n_threads * THREAD_UNITS);
+        const size_t large = LARGE_UNIT / w->stride, wanted = large < share ? large : share;
+        if (wanted > rows) rows = wanted;
+    }
+    if (n_rows > FEW_ROWS) {
+        if (rows < LEAST_ROWS) rows = LEAST_ROWS;
+        if (rows > MANY_MATMUL_ROWS) rows = MANY_MATMUL_ROWS;
+    }
     return rows < least ? least : rows / least * least;
 }
 
