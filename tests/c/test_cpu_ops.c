@@ -325,7 +325,7 @@ static void test_attend(const cpu_kernels *k) {
                         }
                     }
                 }
-                k->attend(floats(&q), 1, n_q, dim, &keys, 8, type, scores, out);
+                k->attend(floats(&q), 1, n_q, dim, &keys, 8, type, scores, out, &(cpu_fetch){0});
                 for (size_t h = 0; h < n_q; h++) {
                     double score[KEYS], max = -INFINITY, sum = 0;
                     for (size_t t = lo; t < hi; t++) {
@@ -345,7 +345,7 @@ static void test_attend(const cpu_kernels *k) {
                               "head_dim %zu, %s, keys %zu to %zu: %g, not %g", dim, type_names[type], lo, hi,
                               acc[h * dim + i], want);
                     }
-                    k->attend(floats(&q) + h * dim, 1, 1, dim, &keys, 8, type, scores, alone);
+                    k->attend(floats(&q) + h * dim, 1, 1, dim, &keys, 8, type, scores, alone, &(cpu_fetch){0});
                     CHECK(m[h] == alone[0] && l[h] == alone[1] && memcmp(acc + h * dim, alone + 2, 4 * dim) == 0,
                           "a head's bits differ alone");
                 }
@@ -375,9 +375,9 @@ static void test_attend_shared(const cpu_kernels *k) {
                 keys[r].v[b] = data.data + (2 * block + 1) * BLOCK * dim * size_of(type);
             }
         }
-        k->attend(floats(&q), n_rows, n_q, dim, keys, shared, type, scores, out);
+        k->attend(floats(&q), n_rows, n_q, dim, keys, shared, type, scores, out, &(cpu_fetch){0});
         for (size_t r = 0; r < n_rows; r++) {
-            k->attend(floats(&q) + r * n_q * dim, 1, n_q, dim, &keys[r], BLOCKS, type, scores, alone);
+            k->attend(floats(&q) + r * n_q * dim, 1, n_q, dim, &keys[r], BLOCKS, type, scores, alone, &(cpu_fetch){0});
             CHECK(memcmp(out + r * floats_of_row, alone, 4 * floats_of_row) == 0,
                   "head_dim %zu, %s, row %zu of %zu, %zu heads, %zu blocks shared: its bits differ alone", dim,
                   type_names[type], r, n_rows, n_q, shared);
@@ -707,6 +707,7 @@ typedef struct {
     int *early;       /* a unit ran before the task before it was done */
     int32_t *threads; /* [MAX_UNITS] who ran the units, if that is asked */
     size_t *pieces;
+    size_t n_threads;
 } pool_args;
 
 enum { MAX_UNITS = 700, TASKS = 40 };
@@ -723,9 +724,14 @@ static void pool_unit(const void *args, size_t unit, const cpu_worker *worker) {
 }
 
 static void pool_piece(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
-    if (begin >= end) *((const pool_args *)args)->early = 1;
+    const pool_args *a = args;
+    const size_t n = a->units[a->task], n_threads = a->n_threads, thread = (size_t)worker->thread;
+    const size_t own = n * thread / n_threads, own_end = n * (thread + 1) / n_threads;
+    if (begin >= end) *a->early = 1;
+    /* a thread takes what is left of its own range in the end, of another's what it has in hand */
+    if (worker->soon != (begin >= own && begin < own_end ? own_end : end)) *a->early = 1;
     for (size_t unit = begin; unit < end; unit++) pool_unit(args, unit, worker);
-    if (((const pool_args *)args)->pieces) ++*((const pool_args *)args)->pieces;
+    if (a->pieces) ++*a->pieces;
 }
 
 /* One thread does all of a small task; a thread alone takes a task in as many pieces as it was told to. */
@@ -739,8 +745,8 @@ static void test_pieces(const char *name) {
     for (int run = 0; run < 50; run++) {
         memset(done, 0, sizeof done);
         ops->begin(d.q, 0);
-        const pool_args first = {done, 0, 1, units, &early, NULL, NULL},
-                        second = {done, 1, 1, units, &early, threads, NULL};
+        const pool_args first = {done, 0, 1, units, &early, NULL, NULL, 3},
+                        second = {done, 1, 1, units, &early, threads, NULL, 3};
         cpu_record(d.q, pool_unit, UNITS, &first, sizeof first, 64);
         cpu_record_small(d.q, pool_unit, UNITS, 1, &second, sizeof second, 65);
         submit(&d);
@@ -750,7 +756,7 @@ static void test_pieces(const char *name) {
     device_close(&d);
     d = device_open(1, name);
     for (uint32_t pieces = 1; pieces <= 4; pieces *= 2) {
-        const pool_args all = {done, 0, 1, units, &early, NULL, &n_pieces};
+        const pool_args all = {done, 0, 1, units, &early, NULL, &n_pieces, 1};
         size_t want = 0;
         for (size_t left = UNITS; left; want++) left -= left < pieces ? 1 : left / pieces;
         n_pieces = 0;
@@ -773,7 +779,7 @@ static void test_pool(const char *name) {
             ops->begin(d.q, 0);
             for (size_t t = 0; t < TASKS; t++) {
                 units[t] = run % 7 == 0 ? 1 : 1 + below(run % 5 ? 12 : MAX_UNITS);
-                const pool_args a = {done, t, 1, units, &early, NULL, NULL};
+                const pool_args a = {done, t, 1, units, &early, NULL, NULL, (size_t)n_threads};
                 void *temp = cpu_temp(d.q, 100 * t);
                 CHECK(temp && (uintptr_t)temp % 64 == 0, "cpu_temp");
                 memset(temp, 1, 100 * t);

@@ -14,11 +14,9 @@
 
 enum {
     SEGMENT_BLOCKS = CPU_SEGMENT / RAST_BLOCK_TOKENS,
-    TILE_QUERIES = 6,  /* that one call of a kernel takes; more where a row has more */
-    UNIT_QUERIES = 24, /* that go through a segment after each other, while it stays in the cache */
-    AHEAD_BLOCKS = 2,  /* of the next unit, which are fetched meanwhile */
-    LINE = 64,
-    FEW_UNITS = 8, /* units a thread below which rows go alone, and then segments of a row */
+    TILE_QUERIES = CPU_ATTEND_ROWS, /* that one call of a kernel takes; more where a row has more */
+    UNIT_QUERIES = 24,              /* that go through a segment after each other, while it stays in the cache */
+    FEW_UNITS = 8,                  /* units a thread below which rows go alone, and then segments of a row */
 };
 
 typedef struct {
@@ -30,7 +28,7 @@ typedef struct {
     size_t window;
     float scale;
     size_t tile_rows, unit_rows; /* of a call of the kernel; of a unit */
-    float *partial;    /* [units, n_segments, unit_rows, row_floats], or NULL: a unit does its segments itself */
+    float *partial;    /* [units, n_segments, unit_rows, row_floats], or NULL: a unit's segments are taken together */
     size_t n_segments; /* of the longest context */
 } attention_args;
 
@@ -142,7 +140,7 @@ static size_t shared_blocks(const attention_args *a, const place *p, size_t r) {
     return a->pass.prefix_blocks ? (size_t)cpu_ints(a->pass.prefix_blocks)[seg[0]] : 0;
 }
 
-/* Room that attend_segment wants, in floats: for the queries of a unit, and for a tile's scores. */
+/* Room for the queries of a unit, and for a tile's scores; in floats. */
 static size_t query_floats(const attention_args *a) { return a->unit_rows * group_of(&a->kv) * (size_t)a->kv.head_dim; }
 static size_t score_floats(const attention_args *a) { return a->tile_rows * group_of(&a->kv) * CPU_SEGMENT; }
 
@@ -166,23 +164,6 @@ static void merge(float *to, const float *from, size_t group, size_t dim) {
     }
 }
 
-/* Partial results of a segment, out: [rows, row_floats]; the place of a row that sees nothing of it keeps what it held. */
-static void attend_segment(const attention_args *a, const place *p, size_t segment, const float *q, float *scores,
-                           float *out) {
-    const size_t group = group_of(&a->kv), dim = (size_t)a->kv.head_dim, before = segment * SEGMENT_BLOCKS;
-    cpu_keys keys[TILE_QUERIES];
-    for (size_t r = 0, n; r < p->n; r += n ? n : 1) {
-        size_t shared = SIZE_MAX;
-        for (n = 0; n < a->tile_rows && r + n < p->n; n++) { /* rows that follow each other and see something */
-            if (!find_keys(a, p, r + n, segment, &keys[n])) break;
-            if (n) shared = least(shared, shared_blocks(a, p, r + n));
-        }
-        if (n)
-            a->k->attend(q + r * group * dim, n, group, dim, keys, shared > before ? shared - before : 0, a->kv.type,
-                         scores, out + r * row_floats(&a->kv));
-    }
-}
-
 static void finish(const attention_args *a, const place *p, size_t r, float *total) {
     const rast_kv *kv = &a->kv;
     const size_t dim = (size_t)kv->head_dim, group = group_of(kv);
@@ -193,70 +174,91 @@ static void finish(const attention_args *a, const place *p, size_t r, float *tot
                 a->pass.act_type);
 }
 
-/* Asks for the first keys and values of a unit: other weights and sequences have passed by since they were last used. Blocks
- * that a row shares with the row before it are there. */
-static void prefetch_unit(const attention_args *a, size_t unit) {
-    const rast_kv *kv = &a->kv;
-    const place p = place_of(a, unit);
-    const size_t head_bytes = (size_t)kv->head_dim * RAST_BLOCK_TOKENS * cpu_type_bytes(kv->type);
-    const int32_t *seg = cpu_ints(a->pass.row_seg) + p.first;
-    for (size_t r = 0; r < p.n; r++) {
-        const range seen = range_of(a, &p, r);
-        const size_t first = seen.lo / RAST_BLOCK_TOKENS, shared = r ? shared_blocks(a, &p, r) : 0;
-        for (size_t b = first; b < first + AHEAD_BLOCKS && b * RAST_BLOCK_TOKENS < seen.hi; b++) {
-            if (b < shared) continue;
-            const uint8_t *k = block_of(a, p.model, (size_t)seg[r], b * RAST_BLOCK_TOKENS) + p.head * head_bytes;
-            for (size_t i = 0; i < head_bytes; i += LINE) {
-                __builtin_prefetch(k + i, 0, 2);
-                __builtin_prefetch(k + kv->v_offset + i, 0, 2);
+typedef struct {     /* a call of the kernel */
+    size_t at;       /* unit * n_segments + segment */
+    size_t first, n; /* rows [first, first + n) of the unit, which see something of the segment */
+    size_t shared;   /* leading blocks of the segment that they have in common */
+    place p;
+    cpu_keys keys[CPU_ATTEND_ROWS];
+} attend_call;
+
+/* The next call from c->at, c->first on; 0 if there is none before `end`. */
+static int find_call(const attention_args *a, attend_call *c, size_t end) {
+    for (; c->at < end; c->at++, c->first = 0) {
+        const size_t segment = c->at % a->n_segments, before = segment * SEGMENT_BLOCKS;
+        c->p = place_of(a, c->at / a->n_segments);
+        for (; c->first < c->p.n; c->first++) {
+            size_t shared = SIZE_MAX;
+            for (c->n = 0; c->n < a->tile_rows && c->first + c->n < c->p.n; c->n++) {
+                if (!find_keys(a, &c->p, c->first + c->n, segment, &c->keys[c->n])) break;
+                if (c->n) shared = least(shared, shared_blocks(a, &c->p, c->first + c->n));
             }
+            c->shared = shared > before ? shared - before : 0;
+            if (c->n) return 1;
         }
     }
+    return 0;
 }
 
-static void rows_unit(const attention_args *a, size_t unit, const cpu_worker *worker) {
+/* The keys and values of a call, but for those that a row shares with the row before it. */
+static void list_keys(const attention_args *a, const attend_call *c, cpu_fetch *list) {
+    const size_t before = c->at % a->n_segments * SEGMENT_BLOCKS;
+    size_t n_keys = 0;
+    for (size_t v = 0; v < 2; v++)
+        for (size_t r = 0; r < c->n; r++) {
+            const cpu_keys *keys = &c->keys[r];
+            const size_t shared = c->first + r ? shared_blocks(a, &c->p, c->first + r) : 0;
+            size_t b = keys->lo / RAST_BLOCK_TOKENS;
+            if (shared > before + b) b = shared - before;
+            for (; b * RAST_BLOCK_TOKENS < keys->hi; b++) list->run[n_keys++] = v ? keys->v[b] : keys->k[b];
+        }
+    list->n_runs = n_keys;
+    list->run_bytes = (size_t)a->kv.head_dim * RAST_BLOCK_TOKENS * cpu_type_bytes(a->kv.type);
+}
+
+static float *partial_at(const attention_args *a, size_t at) {
+    return a->partial + at * a->unit_rows * row_floats(&a->kv);
+}
+
+/* Adds a call's rows to those of their unit, total: [unit_rows, row_floats]. some: scratch, [tile_rows, row_floats]. */
+static void attend_rows(const attention_args *a, const attend_call *c, const cpu_fetch *next, const float *q,
+                        float *scores, float *some, float *total) {
     const size_t floats = row_floats(&a->kv), group = group_of(&a->kv), dim = (size_t)a->kv.head_dim;
-    const place p = place_of(a, unit);
-    float *total = worker->scratch, *partial = total + a->unit_rows * floats;
-    float *q = partial + a->unit_rows * floats, *scores = q + query_floats(a);
-    size_t begin = SIZE_MAX, end = 0;
-    for (size_t r = 0; r < p.n; r++) {
-        const range seen = range_of(a, &p, r);
-        begin = least(begin, seen.lo / CPU_SEGMENT);
-        end = seen.hi > end ? seen.hi : end;
-    }
-    scale_queries(a, &p, q);
-    for (size_t s = begin; s * CPU_SEGMENT < end; s++) {
-        attend_segment(a, &p, s, q, scores, s == begin ? total : partial);
-        for (size_t r = 0; r < p.n && s > begin; r++) {
-            const range seen = range_of(a, &p, r);
-            if (seen.lo / CPU_SEGMENT == s)
-                memcpy(total + r * floats, partial + r * floats, floats * sizeof *total);
-            else if (seen.lo / CPU_SEGMENT < s && seen.hi > s * CPU_SEGMENT)
-                merge(total + r * floats, partial + r * floats, group, dim);
-        }
-    }
-    for (size_t r = 0; r < p.n; r++) finish(a, &p, r, total + r * floats);
+    const size_t segment = c->at % a->n_segments;
+    size_t begin[CPU_ATTEND_ROWS], n_begin = 0; /* whether it is a row's first segment */
+    for (size_t r = 0; r < c->n; r++)
+        n_begin += begin[r] = a->partial || range_of(a, &c->p, c->first + r).lo / CPU_SEGMENT == segment;
+    float *rows = total + c->first * floats, *out = n_begin == c->n ? rows : some;
+    a->k->attend(q + c->first * group * dim, c->n, group, dim, c->keys, c->shared, a->kv.type, scores, out, next);
+    for (size_t r = 0; r < c->n && out != rows; r++)
+        if (begin[r])
+            memcpy(rows + r * floats, some + r * floats, floats * sizeof *rows);
+        else
+            merge(rows + r * floats, some + r * floats, group, dim);
 }
 
-static void rows_task(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
-    for (size_t unit = begin; unit < end; unit++) {
-        if (unit + 1 < end) prefetch_unit(args, unit + 1);
-        rows_unit(args, unit, worker);
-    }
-}
-
-static float *partial_at(const attention_args *a, size_t unit, size_t segment) {
-    return a->partial + (unit * a->n_segments + segment) * a->unit_rows * row_floats(&a->kv);
-}
-
-static void segment_unit(const void *args, size_t unit, const cpu_worker *worker) {
+/* What comes next is fetched in small steps while a call computes: asked for at once, it would take longer than the call. */
+static void attend_task(const void *args, size_t begin, size_t end, const cpu_worker *worker) {
     const attention_args *a = args;
-    const place p = place_of(a, unit / a->n_segments);
-    float *q = worker->scratch;
-    scale_queries(a, &p, q);
-    attend_segment(a, &p, unit % a->n_segments, q, q + query_floats(a),
-                   partial_at(a, unit / a->n_segments, unit % a->n_segments));
+    const size_t floats = row_floats(&a->kv),
+                 each = a->partial ? 1 : a->n_segments; /* segments of a unit of the task */
+    float *q = worker->scratch, *scores = q + query_floats(a), *some = scores + score_floats(a);
+    float *own = some + a->tile_rows * floats;
+    attend_call calls[2] = {{.at = begin * each}, {0}}, *now = &calls[0], *next = &calls[1];
+    size_t unit = SIZE_MAX;
+    for (int more = find_call(a, now, end * each); more && now->at < end * each;) {
+        cpu_fetch list = {0};
+        next->at = now->at, next->first = now->first + now->n;
+        more = find_call(a, next, worker->soon * each);
+        if (more) list_keys(a, next, &list);
+        if (now->at / a->n_segments != unit) scale_queries(a, &now->p, q);
+        unit = now->at / a->n_segments;
+        attend_rows(a, now, &list, q, scores, some, a->partial ? partial_at(a, now->at) : own);
+        if (!a->partial && (!more || next->at / a->n_segments != unit))
+            for (size_t r = 0; r < now->p.n; r++) finish(a, &now->p, r, own + r * floats);
+        attend_call *done = now;
+        now = next, next = done;
+    }
 }
 
 static void merge_unit(const void *args, size_t unit, const cpu_worker *worker) {
@@ -267,8 +269,9 @@ static void merge_unit(const void *args, size_t unit, const cpu_worker *worker) 
     for (size_t r = 0; r < p.n; r++) {
         const range seen = range_of(a, &p, r);
         size_t s = seen.lo / CPU_SEGMENT;
-        float *total = partial_at(a, unit, s) + r * floats;
-        while (++s * CPU_SEGMENT < seen.hi) merge(total, partial_at(a, unit, s) + r * floats, group, dim);
+        float *total = partial_at(a, unit * a->n_segments + s) + r * floats;
+        while (++s * CPU_SEGMENT < seen.hi)
+            merge(total, partial_at(a, unit * a->n_segments + s) + r * floats, group, dim);
         finish(a, &p, r, total);
     }
 }
@@ -294,14 +297,16 @@ void cpu_attention(rast_queue *q, const rast_pass *pass, rast_dev query, const r
     a.tile_rows = group < TILE_QUERIES ? TILE_QUERIES / group : 1;
     a.unit_rows = group < UNIT_QUERIES ? UNIT_QUERIES / group / a.tile_rows * a.tile_rows : 1;
     while (a.unit_rows > a.tile_rows && units_of(&a) < few) a.unit_rows -= a.tile_rows;
-    const size_t n_units = units_of(&a), room = query_floats(&a) + score_floats(&a);
+    const size_t n_rows = n_rows_of(&a), n_chunks = (n_rows + a.unit_rows - 1) / a.unit_rows; /* of about equal size */
+    a.unit_rows = ((n_rows + n_chunks - 1) / n_chunks + a.tile_rows - 1) / a.tile_rows * a.tile_rows;
+    const size_t n_units = units_of(&a);
+    const size_t room = (query_floats(&a) + score_floats(&a) + a.tile_rows * floats) * sizeof(float);
     if (cpu_queue_threads(q) > 1 && a.n_segments > 1 && n_units < few) {
         a.partial = cpu_temp(q, n_units * a.n_segments * a.unit_rows * floats * sizeof(float));
         if (!a.partial) return;
-        cpu_record(q, segment_unit, n_units * a.n_segments, &a, sizeof a, room * sizeof(float));
+        cpu_record_pieces(q, attend_task, n_units * a.n_segments, CPU_PIECES, &a, sizeof a, room);
         cpu_record(q, merge_unit, n_units, &a, sizeof a, 0);
         return;
     }
-    cpu_record_pieces(q, rows_task, n_units, CPU_PIECES, &a, sizeof a,
-                      (2 * a.unit_rows * floats + room) * sizeof(float));
+    cpu_record_pieces(q, attend_task, n_units, CPU_PIECES, &a, sizeof a, room + a.unit_rows * floats * sizeof(float));
 }

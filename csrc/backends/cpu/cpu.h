@@ -11,6 +11,7 @@
 
 typedef struct {
     int32_t thread; /* 0 .. n_threads-1 */
+    size_t soon;    /* after these units, this thread is likely to go on with those up to here */
     void *scratch;  /* of this thread, at least scratch_bytes of the task, 64-byte aligned, contents undefined */
 } cpu_worker;
 

@@ -32,13 +32,22 @@ typedef struct {
     float max_b[CPU_LANES], sum_b[CPU_LANES]; /* base */
 } cpu_stats;
 
-enum { CPU_SEGMENT = 256 }; /* keys of a partial attention, at most */
+enum {
+    CPU_SEGMENT = 256,   /* keys of a partial attention, at most */
+    CPU_ATTEND_ROWS = 6, /* rows of one, at most */
+};
 
 typedef struct { /* the keys [lo, hi) of a segment that a row sees, lo < hi <= CPU_SEGMENT */
     size_t lo, hi;
     const void *k[CPU_SEGMENT / RAST_BLOCK_TOKENS]; /* a head's K and V by block, from block lo / 32 on */
     const void *v[CPU_SEGMENT / RAST_BLOCK_TOKENS];
 } cpu_keys;
+
+/* Memory that is wanted next and fetched while something else is computed: runs of so many bytes. */
+typedef struct {
+    size_t n_runs, run_bytes;
+    const void *run[2 * CPU_ATTEND_ROWS * CPU_SEGMENT / RAST_BLOCK_TOKENS];
+} cpu_fetch;
 
 static inline size_t cpu_partial_floats(size_t n_q, size_t head_dim) { return n_q * (head_dim + 2); }
 
@@ -65,9 +74,9 @@ typedef struct {
     /* Partial attention of n_rows rows, each with n_q query heads that share one K/V head. q: [n_rows, n_q, head_dim]
      * float32, already scaled. The first `shared` blocks are the same for all rows and read once for several of them. scores:
      * scratch, [n_rows, n_q, CPU_SEGMENT]. out: [n_rows, cpu_partial_floats()], a row's as m, l [n_q] (max score, sum of
-     * exp) and acc [n_q, head_dim] (unnormalised). */
+     * exp) and acc [n_q, head_dim] (unnormalised). next: fetched meanwhile, as far as there is time. */
     void (*attend)(const float *q, size_t n_rows, size_t n_q, size_t head_dim, const cpu_keys *keys, size_t shared,
-                   int32_t type, float *scores, float *out);
+                   int32_t type, float *scores, float *out, const cpu_fetch *next);
 
     /* e[i] = exp(x[i]) for x <= 88 (beyond: e^88), relative error below 2e-7, exp(-inf) = 0; n a multiple of CPU_LANES */
     void (*exp)(const float *x, float *e, size_t n);

@@ -1,10 +1,11 @@
 /* pool.c: threads that run a list of tasks together.
  *
- * One word, the ticket, says which task runs and how many of its units nobody has taken. A thread takes units by
- * lowering it; whoever finishes a task's last unit does what follows for one thread and puts up the next task for all.
- * So a thread that the system has put aside holds up no more than the units it has in hand, and one that has none holds up
- * nothing: it touches the tasks only while it owns units of them, or has finished the last one and not yet put up what
- * follows. Waiting is a bounded spin, then a futex.
+ * A task's units are cut into as many ranges as there are threads, each with a ticket: which task it is, and how many units of
+ * the range nobody has taken. A thread takes units by lowering a ticket, its own first: so it comes to the same rows and columns
+ * task after task, and what it left in its cache is there. Then it helps others. Whoever finishes a task's last unit does what
+ * follows for one thread and puts up the next task for all. So a thread that the system has put aside holds up no more than
+ * the units it has in hand, and one that has none holds up nothing: it touches the tasks only while it owns units of them, or
+ * has finished the last one and not yet put up what follows. Waiting is a bounded spin, then a futex.
  */
 #include "pool.h"
 
@@ -21,7 +22,11 @@
 
 #include "../../error.h"
 
-enum { SPINS = 4000 };
+enum {
+    SPINS = 4000,
+    LAST_PART =
+        8, /* one in so many units of its range a thread takes when it has done the others: by then some may help */
+};
 
 struct cpu_pool {
     int32_t n_threads, n_started;
@@ -35,13 +40,13 @@ struct cpu_pool {
     const cpu_task *tasks;
     void *const *scratch;
     uint32_t first, n_tasks; /* number of the first task; tasks have numbers that go on from run to run */
-    /* on one line, which is handed around */
-    _Alignas(64) atomic_ullong ticket; /* number of the task << 32 | units not yet taken; 0 units: wait */
-    atomic_uint share;                 /* of that task, or of the next: what is left is cut by this */
-    atomic_uint done;                  /* units of the task that are finished */
-    atomic_uint number;                /* the ticket's number again, to sleep on */
+    /* what is handed around, on as few lines as can be */
+    _Alignas(64) atomic_uint pieces; /* of the tickets' task, or of the next */
+    atomic_uint done;                /* units of the task that are finished */
+    atomic_uint number;              /* of the task, to sleep on */
     atomic_uint sleepers;
     atomic_int quit;
+    atomic_ullong tickets[]; /* [n_threads] number of the task << 32 | units of the thread's range not yet taken */
 };
 
 static uint32_t number_of(unsigned long long ticket) { return (uint32_t)(ticket >> 32); }
@@ -52,18 +57,32 @@ static void pause_a_little(void) {
 #endif
 }
 
+/* Where the range of a thread begins. */
+static uint32_t begin_of(const cpu_pool *pool, uint32_t n_units, int32_t thread) {
+    return (uint32_t)((uint64_t)n_units * (uint32_t)thread / (uint32_t)pool->n_threads);
+}
+
+static void hand_out(cpu_pool *pool, uint32_t number, uint32_t n_units, int32_t thread) {
+    const uint32_t n = begin_of(pool, n_units, thread + 1) - begin_of(pool, n_units, thread);
+    atomic_store(&pool->tickets[thread], (unsigned long long)number << 32 | n);
+}
+
+/* The last ticket has units, if there are any: until it is there nobody can finish the task and put up another one. With none,
+ * the caller of cpu_pool_run waits for the first ticket, which is then the last one. */
 static void put_up(cpu_pool *pool, uint32_t number, const cpu_task *task) {
     const uint32_t n_units = task ? task->n_units : 0;
-    atomic_store(&pool->share, (uint32_t)pool->n_threads * (task ? task->pieces : 1));
-    atomic_store(&pool->number, number); /* first: nobody can put up another task before this ticket is there */
-    atomic_store(&pool->ticket, (unsigned long long)number << 32 | n_units);
+    if (task) atomic_store(&pool->pieces, task->pieces);
+    atomic_store(&pool->number, number);
+    for (int32_t i = 1; i < pool->n_threads; i++)
+        hand_out(pool, number, n_units, n_units ? i - 1 : pool->n_threads - i);
+    hand_out(pool, number, n_units, n_units ? pool->n_threads - 1 : 0);
     if (atomic_load(&pool->sleepers)) syscall(SYS_futex, &pool->number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
 /* Returns when the task is no longer `number`. */
-static void wait_for_next(cpu_pool *pool, uint32_t number) {
+static void wait_for_next(cpu_pool *pool, int32_t thread, uint32_t number) {
     for (int i = 0; i < SPINS; i++) {
-        if (number_of(atomic_load_explicit(&pool->ticket, memory_order_acquire)) != number) return;
+        if (number_of(atomic_load_explicit(&pool->tickets[thread], memory_order_acquire)) != number) return;
         pause_a_little();
     }
     atomic_fetch_add(&pool->sleepers, 1);
@@ -80,32 +99,45 @@ static void run_units(const cpu_task *task, uint32_t first, uint32_t n, const cp
 /* Goes on with task t, now that all before have run: alone, as far as it and those that follow are for one thread. */
 static void go_on(cpu_pool *pool, uint32_t t, const cpu_worker *worker) {
     for (; t < pool->n_tasks && pool->tasks[t].for_one; t++)
-        run_units(&pool->tasks[t], 0, pool->tasks[t].n_units, worker);
+        run_units(&pool->tasks[t], 0, pool->tasks[t].n_units,
+                  &(cpu_worker){worker->thread, pool->tasks[t].n_units, worker->scratch});
     put_up(pool, pool->first + t, t < pool->n_tasks ? &pool->tasks[t] : NULL);
 }
 
-/* Runs n units that this thread owns. */
-static void run_own(cpu_pool *pool, int32_t thread, uint32_t number, uint32_t left, uint32_t n) {
+/* Runs n units that this thread has taken of a range with `left` units before. */
+static void run_taken(cpu_pool *pool, int32_t thread, int32_t range, uint32_t number, uint32_t left, uint32_t n) {
     const uint32_t t = number - pool->first;
     const cpu_task task = pool->tasks[t]; /* not ours to read once our units count as done */
-    const cpu_worker worker = {thread, pool->scratch[thread]};
-    run_units(&task, task.n_units - left, n, &worker);
+    const uint32_t end = begin_of(pool, task.n_units, range + 1), first = end - left;
+    const cpu_worker worker = {thread, thread == range ? end : first + n, pool->scratch[thread]};
+    run_units(&task, first, n, &worker);
     if (atomic_fetch_add(&pool->done, n) + n < task.n_units) return;
     atomic_store(&pool->done, 0);
     go_on(pool, t + 1, &worker);
 }
 
+/* Takes units of a range and runs them; 0 if there are none. */
+static int take(cpu_pool *pool, int32_t thread, int32_t range) {
+    unsigned long long ticket = atomic_load(&pool->tickets[range]);
+    const uint32_t pieces = atomic_load(&pool->pieces); /* the ticket's, if it still stands when we take some */
+    const uint32_t left = (uint32_t)ticket, cut = pieces > 1 ? pieces : 2;
+    const uint32_t rest = pool->n_threads > 1 ? left / LAST_PART : 0;
+    const uint32_t part = pieces == 1 && thread == range ? left - rest : left / cut, n = part ? part : 1;
+    if (left == 0) return 0;
+    if (atomic_compare_exchange_weak(&pool->tickets[range], &ticket, ticket - n))
+        run_taken(pool, thread, range, number_of(ticket), left, n);
+    return 1;
+}
+
 /* Works until the task is number `end`; a worker, which has no end, until the pool quits. */
 static void work(cpu_pool *pool, int32_t thread, uint32_t end) {
     for (;;) {
-        unsigned long long ticket = atomic_load(&pool->ticket);
-        const uint32_t share = atomic_load(&pool->share); /* the ticket's, if it still stands when we take some */
-        const uint32_t number = number_of(ticket), left = (uint32_t)ticket, n = left < share ? 1 : left / share;
+        const uint32_t number = number_of(atomic_load(&pool->tickets[thread]));
         if (thread ? atomic_load(&pool->quit) : number == end) return;
-        if (left == 0)
-            wait_for_next(pool, number);
-        else if (atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - n))
-            run_own(pool, thread, number, left, n);
+        int found = 0;
+        for (int32_t i = 0; i < pool->n_threads && !found; i++)
+            found = take(pool, thread, (thread + i) % pool->n_threads);
+        if (!found) wait_for_next(pool, thread, number);
     }
 }
 
@@ -118,12 +150,12 @@ static void *worker_main(void *arg) {
 
 int cpu_pool_new(int32_t n_threads, cpu_pool **out, rast_error *err) {
     *out = NULL;
-    cpu_pool *pool = aligned_alloc(64, sizeof *pool);
+    const size_t bytes = (sizeof(cpu_pool) + (size_t)n_threads * sizeof(atomic_ullong) + 63) / 64 * 64;
+    cpu_pool *pool = aligned_alloc(64, bytes);
     if (!pool) return rast_fail(err, RAST_ERR_MEMORY, "no memory for %d threads", n_threads);
-    memset(pool, 0, sizeof *pool);
+    memset(pool, 0, bytes);
     pool->n_threads = n_threads;
     pool->owner = getpid();
-    pool->share = 1;
     pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
     pool->starts = calloc((size_t)n_threads, sizeof *pool->starts);
     if (!pool->threads || !pool->starts) {
@@ -152,7 +184,7 @@ void cpu_pool_free(cpu_pool *pool) {
     if (!pool) return;
     if (pool->owner == getpid()) { /* after fork() the threads are not ours */
         atomic_store(&pool->quit, 1);
-        put_up(pool, number_of(atomic_load(&pool->ticket)) + 1, NULL);
+        put_up(pool, atomic_load(&pool->number) + 1, NULL);
         for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->threads[i], NULL);
     }
     free(pool->threads);
@@ -170,8 +202,8 @@ int cpu_pool_run(cpu_pool *pool, const cpu_task *tasks, size_t n_tasks, void *co
     pool->tasks = tasks;
     pool->n_tasks = (uint32_t)n_tasks;
     pool->scratch = scratch;
-    pool->first = number_of(atomic_load(&pool->ticket)) + 1;
-    go_on(pool, 0, &(cpu_worker){0, scratch[0]});
+    pool->first = atomic_load(&pool->number) + 1;
+    go_on(pool, 0, &(cpu_worker){.scratch = scratch[0]});
     work(pool, 0, pool->first + pool->n_tasks);
     fesetenv(&before);
     return RAST_OK;
