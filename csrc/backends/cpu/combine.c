@@ -18,8 +18,9 @@
 #include <string.h>
 
 enum {
-    SPAN_TILES = 8,  /* tiles of a unit of the first task */
-    OUT_BLOCK = 128, /* outputs of a unit; their logits of one tile stay in cache (192 KiB) */
+    SPAN_TILES = 8,         /* tiles of a unit of the first task */
+    GROUP_FLOATS = 8 << 10, /* logits of a group of tiles: of few outputs, several tiles are multiplied in one go */
+    OUT_BLOCK = 128,        /* outputs of a unit; their logits of one tile stay in cache (192 KiB) */
 };
 
 /* What a span of an output has found. */
@@ -167,24 +168,25 @@ static void finish_tile(const combine_job *j, size_t o, size_t tile, const float
 /* ---- first task: spans of the vocabulary ------------------------------------------------------------------------- */
 
 typedef struct {
-    float *base, *other, *sum; /* [block, DRAW_TILE] each */
+    size_t group, width;       /* tiles of a group; their floats */
+    float *base, *other, *sum; /* [block, width] each */
     cpu_stats *stats;          /* [block] */
     cpu_stats *term_stats;     /* [block, n_terms], or NULL */
 } span_scratch;
 
 /* The scratch's parts in `memory`; *bytes is how much they take (0: too much to count). */
 static span_scratch span_layout(size_t block, size_t n_terms, int has_uncommon, void *memory, size_t *bytes) {
-    const size_t tile_floats = block * DRAW_TILE;
+    const size_t fit = GROUP_FLOATS / (block * DRAW_TILE), group = fit < 1 ? 1 : fit < SPAN_TILES ? fit : SPAN_TILES;
+    const size_t floats = block * group * DRAW_TILE;
     size_t n_stats = block, size;
     if (has_uncommon && !(rast_mul(block, n_terms, &n_stats) && rast_add(n_stats, block, &n_stats))) n_stats = SIZE_MAX;
-    if (!rast_mul(n_stats, sizeof(cpu_stats), &size) || !rast_add(size, 3 * tile_floats * sizeof(float), &size))
-        size = 0;
+    if (!rast_mul(n_stats, sizeof(cpu_stats), &size) || !rast_add(size, 3 * floats * sizeof(float), &size)) size = 0;
     *bytes = size;
-    span_scratch s = {.base = memory};
+    span_scratch s = {.group = group, .width = group * DRAW_TILE, .base = memory};
     if (!memory) return s;
-    s.other = s.base + tile_floats;
-    s.sum = s.other + tile_floats;
-    s.stats = (cpu_stats *)(s.sum + tile_floats);
+    s.other = s.base + floats;
+    s.sum = s.other + floats;
+    s.stats = (cpu_stats *)(s.sum + floats);
     s.term_stats = has_uncommon ? s.stats + block : NULL;
     return s;
 }
@@ -195,23 +197,37 @@ static void write_part(const combine_job *j, size_t o, size_t m, size_t first, s
     for (size_t i = 0; i < n; i++) row[i] = logits ? logits[i] : NAN;
 }
 
-/* Adds term m's logits of a tile to the sums of outputs o .. o + n - 1. */
-static void add_tile(const combine_job *j, const span_scratch *s, size_t m, size_t tile, size_t span, size_t o,
-                     size_t n) {
+static float *logits_of(const span_scratch *s, size_t m) { return m == 0 ? s->base : s->other; }
+
+/* How many of n ids from `first` on term m has. */
+static size_t live_ids(const combine_job *j, size_t m, size_t first, size_t n) {
+    const size_t has = (size_t)j->l.terms[m].n_rows, n_vocab = (size_t)j->l.n_vocab,
+                 end = has < n_vocab ? has : n_vocab;
+    const size_t live = end > first ? end - first : 0;
+    return live < n ? live : n;
+}
+
+/* Term m's logits of the n_tiles tiles from `tile` on, of outputs o .. o + n - 1, if any of these needs them. */
+static void multiply_group(const combine_job *j, const span_scratch *s, size_t m, size_t tile, size_t n_tiles, size_t o,
+                           size_t n) {
+    const size_t first = tile * DRAW_TILE, live = live_ids(j, m, first, n_tiles * DRAW_TILE);
+    int needed = 0;
+    for (size_t i = 0; i < n && !needed; i++) needed = needs_term(j, o + i, m);
+    if (needed && live) term_logits(j, m, first, live, o, n, logits_of(s, m), s->width);
+}
+
+/* Adds term m's logits of a tile, the g-th of the group, to the sums of outputs o .. o + n - 1. */
+static void add_tile(const combine_job *j, const span_scratch *s, size_t m, size_t tile, size_t g, size_t span,
+                     size_t o, size_t n) {
     const rast_logits *l = &j->l;
     const size_t first = tile * DRAW_TILE, n_vocab = (size_t)l->n_vocab, n_terms = (size_t)l->n_terms;
     const size_t n_ids = n_vocab - first < DRAW_TILE ? n_vocab - first : DRAW_TILE;
-    const size_t has_rows = (size_t)l->terms[m].n_rows, n_rows = has_rows > first ? has_rows - first : 0;
-    const size_t live = n_rows < n_ids ? n_rows : n_ids;
-    float *y = m == 0 ? s->base : s->other;
-    int needed = 0;
+    const size_t live = live_ids(j, m, first, DRAW_TILE);
 
-    for (size_t i = 0; i < n && !needed; i++) needed = needs_term(j, o + i, m);
-    if (needed && live) term_logits(j, m, first, live, o, n, y, DRAW_TILE);
     for (size_t i = 0; i < n; i++) {
         const rast_draw *d = draw_of(j, o + i);
         const float coef = coef_of(l, o + i)[m];
-        float *logits = y + i * DRAW_TILE;
+        float *logits = logits_of(s, m) + i * s->width + g * DRAW_TILE;
         if (needs_term(j, o + i, m))
             for (size_t v = live; v < DRAW_TILE; v++) logits[v] = -INFINITY;
         if (d->flags & RAST_DRAW_PARTS) write_part(j, o + i, m, first, n_ids, needs_term(j, o + i, m) ? logits : NULL);
@@ -219,7 +235,7 @@ static void add_tile(const combine_job *j, const span_scratch *s, size_t m, size
 
         span_part *part = &j->parts[(o + i) * j->n_spans + span];
         if (has_bad(logits, live) && (part->bad < 0 || (int32_t)m < part->bad)) part->bad = (int32_t)m;
-        add_term(s->sum + i * DRAW_TILE, coef, logits, DRAW_TILE);
+        add_term(s->sum + i * s->width + g * DRAW_TILE, coef, logits, DRAW_TILE);
         if (m > 0 && j->plan[o + i].has_uncommon) {
             uint32_t bits[DRAW_WORDS];
             uncommon_bits(j, o + i, tile, bits);
@@ -267,12 +283,19 @@ static void span_unit(const combine_job *j, size_t unit, const cpu_worker *worke
         for (size_t m = 0; j->plan[o + i].has_uncommon && m < n_terms; m++)
             cpu_stats_clear(&s.term_stats[i * n_terms + m]);
     }
-    for (size_t tile = begin; tile < end; tile++) {
-        memset(s.sum, 0, n * DRAW_TILE * sizeof *s.sum);
-        for (size_t m = 0; m < n_terms; m++) add_tile(j, &s, m, tile, span, o, n);
-        for (size_t i = 0; i < n; i++)
-            end_tile(j, o + i, tile, s.sum + i * DRAW_TILE, s.base + i * DRAW_TILE, &s.stats[i],
-                     &j->parts[(o + i) * j->n_spans + span]);
+    for (size_t tile = begin, n_tiles; tile < end; tile += n_tiles) {
+        n_tiles = end - tile < s.group ? end - tile : s.group;
+        memset(s.sum, 0, n * s.width * sizeof *s.sum);
+        for (size_t m = 0; m < n_terms; m++) {
+            multiply_group(j, &s, m, tile, n_tiles, o, n);
+            for (size_t g = 0; g < n_tiles; g++) add_tile(j, &s, m, tile + g, g, span, o, n);
+        }
+        for (size_t g = 0; g < n_tiles; g++)
+            for (size_t i = 0; i < n; i++) {
+                const size_t at = i * s.width + g * DRAW_TILE;
+                end_tile(j, o + i, tile + g, s.sum + at, s.base + at, &s.stats[i],
+                         &j->parts[(o + i) * j->n_spans + span]);
+            }
     }
     for (size_t i = 0; i < n; i++) {
         const rast_draw *d = draw_of(j, o + i);
