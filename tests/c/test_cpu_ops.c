@@ -669,6 +669,56 @@ static void test_attention(const cpu_kernels *k, device *devices, size_t n_devic
     array_free(&q), array_free(&key), array_free(&v), array_free(&angles), array_free(&first);
 }
 
+/* A row each of sequences that have leading blocks in common with the one before: saying so changes no bits, whether these end
+ * in front of a segment, within it or behind it. */
+static void test_prefixes(const cpu_kernels *k, device *devices, size_t n_devices, size_t group, size_t window,
+                          int32_t type) {
+    enum { MODELS = 2, SEQS = 9, STRIDE = 24, DIM = 32, KV_HEADS = 2 };
+    const size_t bytes = rast_kv_bytes(KV_HEADS, DIM, type), stride = 2 * bytes;
+    array cache[MODELS], q = array_random(MODELS * SEQS * KV_HEADS * group * DIM, RAST_F32, k), first = {0};
+    rast_dev base[MODELS];
+    for (size_t m = 0; m < MODELS; m++) {
+        cache[m] = array_random(SEQS * STRIDE * stride / size_of(type), type, k);
+        base[m] = dev(cache[m].data);
+    }
+    int32_t count[3] = {SEQS, SEQS}, pos[SEQS], row_seg[SEQS], seg_row[SEQS + 1] = {0}, seg_ctx[SEQS];
+    int32_t table[SEQS][STRIDE], common[SEQS] = {0};
+    for (int32_t s = 0; s < SEQS; s++) {
+        pos[s] = (int32_t)below(STRIDE * RAST_BLOCK_TOKENS), row_seg[s] = s, seg_row[s + 1] = s + 1;
+        seg_ctx[s] = pos[s] + 1;
+        if (s) common[s] = (int32_t)below((pos[s] < pos[s - 1] ? pos[s] : pos[s - 1]) / RAST_BLOCK_TOKENS + 1);
+        for (int32_t b = 0; b < STRIDE; b++) table[s][b] = b < common[s] ? table[s - 1][b] : s * STRIDE + b;
+    }
+    const rast_kv kv = {base, stride, bytes, type, (int32_t)(KV_HEADS * group), KV_HEADS, DIM};
+    for (size_t t = 0; t < 2 * n_devices; t++) {
+        const rast_pass pass = {.n_models = MODELS,
+                                .cap_rows = SEQS,
+                                .cap_segs = SEQS,
+                                .act_type = RAST_F32,
+                                .count = dev(count),
+                                .pos = dev(pos),
+                                .row_seg = dev(row_seg),
+                                .seg_row = dev(seg_row),
+                                .seg_ctx = dev(seg_ctx),
+                                .block_table = dev(table),
+                                .table_stride = STRIDE,
+                                .prefix_blocks = t % 2 ? dev(common) : 0};
+        array y = array_new(q.n, RAST_F32);
+        ops->begin(devices[t / 2].q, 0);
+        ops->attention(devices[t / 2].q, &pass, dev(q.data), &kv, (int32_t)window, 0.2f, dev(y.data));
+        submit(&devices[t / 2]);
+        if (t) {
+            CHECK(memcmp(y.data, first.data, y.n * sizeof(float)) == 0,
+                  "%zu queries a head, window %zu: prefixes matter", group, window);
+            array_free(&y);
+        } else {
+            first = y;
+        }
+    }
+    for (size_t m = 0; m < MODELS; m++) array_free(&cache[m]);
+    array_free(&q), array_free(&first);
+}
+
 static void test_copies(device *d) {
     enum { BYTES = 5 << 20, BLOCKS = 9, STRIDE = 1000 };
     rast_dev a, b, models[2];
@@ -927,6 +977,8 @@ static void test_isa(const cpu_kernels *k) {
     test_attention(k, devices, 3, 80, 2, 2, 100, RAST_F16, RAST_F32);
     test_attention(k, devices, 3, 128, 1, 7, 300, RAST_BF16, RAST_F32);
     test_attention(k, devices, 3, 16, 3, 1, 1, RAST_F32, RAST_F16);
+    for (size_t i = 0; i < 12; i++)
+        test_prefixes(k, devices, 3, 1 + below(7), i % 3 ? 0 : 1 + below(500), i % 2 ? RAST_BF16 : RAST_F32);
     test_copies(&devices[2]);
     for (size_t t = 0; t < 3; t++) device_close(&devices[t]);
 }
