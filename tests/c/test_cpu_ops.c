@@ -690,7 +690,9 @@ static void test_prefixes(const cpu_kernels *k, device *devices, size_t n_device
         for (int32_t b = 0; b < STRIDE; b++) table[s][b] = b < common[s] ? table[s - 1][b] : s * STRIDE + b;
     }
     const rast_kv kv = {base, stride, bytes, type, (int32_t)(KV_HEADS * group), KV_HEADS, DIM};
-    for (size_t t = 0; t < 2 * n_devices; t++) {
+    for (size_t t = 0; t <= 2 * n_devices; t++) {
+        const int none = t == 2 * n_devices; /* no rows at all */
+        device *d = &devices[none ? 0 : t / 2];
         const rast_pass pass = {.n_models = MODELS,
                                 .cap_rows = SEQS,
                                 .cap_segs = SEQS,
@@ -704,10 +706,14 @@ static void test_prefixes(const cpu_kernels *k, device *devices, size_t n_device
                                 .table_stride = STRIDE,
                                 .prefix_blocks = t % 2 ? dev(common) : 0};
         array y = array_new(q.n, RAST_F32);
-        ops->begin(devices[t / 2].q, 0);
-        ops->attention(devices[t / 2].q, &pass, dev(q.data), &kv, (int32_t)window, 0.2f, dev(y.data));
-        submit(&devices[t / 2]);
-        if (t) {
+        if (none) count[0] = count[1] = 0;
+        ops->begin(d->q, 0);
+        ops->attention(d->q, &pass, dev(q.data), &kv, (int32_t)window, 0.2f, dev(y.data));
+        submit(d);
+        if (none) {
+            for (size_t i = 0; i < y.n; i++) CHECK(floats(&y)[i] == 0, "attention of no rows writes");
+            array_free(&y);
+        } else if (t) {
             CHECK(memcmp(y.data, first.data, y.n * sizeof(float)) == 0,
                   "%zu queries a head, window %zu: prefixes matter", group, window);
             array_free(&y);

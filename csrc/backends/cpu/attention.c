@@ -245,9 +245,10 @@ static void attend_task(const void *args, size_t begin, size_t end, const cpu_wo
     float *q = worker->scratch, *scores = q + query_floats(a), *some = scores + score_floats(a);
     float *own = some + a->tile_rows * floats;
     attend_call calls[2] = {{.at = begin * each}, {0}}, *now = &calls[0], *next = &calls[1];
+    cpu_fetch list = {0};
     size_t unit = SIZE_MAX;
     for (int more = find_call(a, now, end * each); more && now->at < end * each;) {
-        cpu_fetch list = {0};
+        list.n_runs = 0;
         next->at = now->at, next->first = now->first + now->n;
         more = find_call(a, next, worker->soon * each);
         if (more) list_keys(a, next, &list);
@@ -290,14 +291,16 @@ void cpu_attention(rast_queue *q, const rast_pass *pass, rast_dev query, const r
                         .y = y,
                         .window = (size_t)window,
                         .scale = scale};
+    const size_t n_rows = n_rows_of(&a);
     size_t context = 0;
+    if (n_rows == 0) return;
     for (int32_t s = 0; s < cpu_ints(pass->count)[1]; s++)
         if ((size_t)cpu_ints(pass->seg_ctx)[s] > context) context = (size_t)cpu_ints(pass->seg_ctx)[s];
     a.n_segments = (context + CPU_SEGMENT - 1) / CPU_SEGMENT;
     a.tile_rows = group < TILE_QUERIES ? TILE_QUERIES / group : 1;
     a.unit_rows = group < UNIT_QUERIES ? UNIT_QUERIES / group / a.tile_rows * a.tile_rows : 1;
     while (a.unit_rows > a.tile_rows && units_of(&a) < few) a.unit_rows -= a.tile_rows;
-    const size_t n_rows = n_rows_of(&a), n_chunks = (n_rows + a.unit_rows - 1) / a.unit_rows; /* of about equal size */
+    const size_t n_chunks = (n_rows + a.unit_rows - 1) / a.unit_rows; /* of about equal size */
     a.unit_rows = ((n_rows + n_chunks - 1) / n_chunks + a.tile_rows - 1) / a.tile_rows * a.tile_rows;
     const size_t n_units = units_of(&a);
     const size_t room = (query_floats(&a) + score_floats(&a) + a.tile_rows * floats) * sizeof(float);

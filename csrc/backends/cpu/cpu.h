@@ -1,7 +1,7 @@
 /* cpu.h: what the files of the CPU backend share: the queue that ops record tasks on, and the kernels of the chosen ISA.
  *
  * A task is a function over units 0 .. n_units-1 that are independent of each other; tasks run in the order recorded, with
- * a barrier between them. Whichever thread is free takes the next units.
+ * a barrier between them. A thread takes units of its own range, and when these are gone, of others'.
  */
 #ifndef RAST_CPU_H
 #define RAST_CPU_H
@@ -18,7 +18,7 @@ typedef struct {
 typedef void (*cpu_task_fn)(const void *args, size_t unit, const cpu_worker *worker);
 typedef void (*cpu_piece_fn)(const void *args, size_t begin, size_t end, const cpu_worker *worker);
 
-enum { CPU_PIECES = 4 }; /* in which a thread takes its share, unless they are better long */
+enum { CPU_PIECES = 4 }; /* in which a thread takes its range, unless they are better long */
 
 /* Records a task; args are copied (16-byte aligned). A failure to allocate is remembered and returned by submit. */
 void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args, size_t args_bytes,
@@ -27,7 +27,8 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
  * hand some to others. */
 void cpu_record_small(rast_queue *q, cpu_task_fn fn, size_t n_units, size_t n_values, const void *args,
                       size_t args_bytes, size_t scratch_bytes);
-/* The same for a function that takes the units [begin, end) at once: a thread's share of what is left in so many pieces. */
+/* The same for a function that takes the units [begin, end) at once: of what is left of its range, a thread takes one in so many; of
+ * 1, nearly all. */
 void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, uint32_t pieces, const void *args,
                        size_t args_bytes, size_t scratch_bytes);
 
