@@ -179,14 +179,34 @@ typedef struct {     /* a call of the kernel */
     size_t first, n; /* rows [first, first + n) of the unit, which see something of the segment */
     size_t shared;   /* leading blocks of the segment that they have in common */
     place p;
+    size_t from, to; /* the unit's rows see segments [from, to) */
     cpu_keys keys[CPU_ATTEND_ROWS];
 } attend_call;
 
+static void look_at_unit(const attention_args *a, attend_call *c, size_t unit) {
+    c->p = place_of(a, unit);
+    c->from = SIZE_MAX, c->to = 0;
+    for (size_t r = 0; r < c->p.n; r++) {
+        const range seen = range_of(a, &c->p, r);
+        c->from = least(c->from, seen.lo / CPU_SEGMENT);
+        if ((seen.hi - 1) / CPU_SEGMENT >= c->to) c->to = (seen.hi - 1) / CPU_SEGMENT + 1;
+    }
+}
+
 /* The next call from c->at, c->first on; 0 if there is none before `end`. */
 static int find_call(const attention_args *a, attend_call *c, size_t end) {
+    size_t unit = SIZE_MAX;
     for (; c->at < end; c->at++, c->first = 0) {
-        const size_t segment = c->at % a->n_segments, before = segment * SEGMENT_BLOCKS;
-        c->p = place_of(a, c->at / a->n_segments);
+        if (c->at / a->n_segments != unit) look_at_unit(a, c, unit = c->at / a->n_segments);
+        const size_t segment = c->at - unit * a->n_segments, before = segment * SEGMENT_BLOCKS;
+        if (segment >= c->to) {
+            c->at = (unit + 1) * a->n_segments - 1;
+            continue;
+        }
+        if (segment < c->from) {
+            c->at += c->from - segment - 1;
+            continue;
+        }
         for (; c->first < c->p.n; c->first++) {
             size_t shared = SIZE_MAX;
             for (c->n = 0; c->n < a->tile_rows && c->first + c->n < c->p.n; c->n++) {
@@ -209,7 +229,7 @@ static void list_keys(const attention_args *a, const attend_call *c, cpu_fetch *
             const cpu_keys *keys = &c->keys[r];
             const size_t shared = c->first + r ? shared_blocks(a, &c->p, c->first + r) : 0;
             size_t b = keys->lo / RAST_BLOCK_TOKENS;
-            if (shared > before + b) b = shared - before;
+            if (shared > before + b) b = least(shared - before, SEGMENT_BLOCKS);
             for (; b * RAST_BLOCK_TOKENS < keys->hi; b++) list->run[n_keys++] = v ? keys->v[b] : keys->k[b];
         }
     list->n_runs = n_keys;

@@ -174,6 +174,8 @@ typedef struct {
     cpu_stats *term_stats;     /* [block, n_terms], or NULL */
 } span_scratch;
 
+_Static_assert((size_t)OUT_BLOCK *DRAW_TILE >= GROUP_FLOATS, "scratch of a whole block is enough for the last one");
+
 /* The scratch's parts in `memory`; *bytes is how much they take (0: too much to count). */
 static span_scratch span_layout(size_t block, size_t n_terms, int has_uncommon, void *memory, size_t *bytes) {
     const size_t fit = GROUP_FLOATS / (block * DRAW_TILE), group = fit < 1 ? 1 : fit < SPAN_TILES ? fit : SPAN_TILES;

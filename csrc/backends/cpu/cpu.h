@@ -27,8 +27,8 @@ void cpu_record(rast_queue *q, cpu_task_fn fn, size_t n_units, const void *args,
  * hand some to others. */
 void cpu_record_small(rast_queue *q, cpu_task_fn fn, size_t n_units, size_t n_values, const void *args,
                       size_t args_bytes, size_t scratch_bytes);
-/* The same for a function that takes the units [begin, end) at once: of what is left of its range, a thread takes one in so many; of
- * 1, nearly all. */
+/* The same for a function that takes the units [begin, end) at once: of what is left of a range, its thread takes one in so many; of 1,
+ * nearly all. */
 void cpu_record_pieces(rast_queue *q, cpu_piece_fn fn, size_t n_units, uint32_t pieces, const void *args,
                        size_t args_bytes, size_t scratch_bytes);
 

@@ -13,6 +13,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -24,8 +25,7 @@
 
 enum {
     SPINS = 4000,
-    LAST_PART =
-        8, /* one in so many units of its range a thread takes when it has done the others: by then some may help */
+    LAST_PART = 8, /* of its range that a thread leaves at first, where it takes nearly all: others may help then */
 };
 
 struct cpu_pool {
@@ -129,15 +129,25 @@ static int take(cpu_pool *pool, int32_t thread, int32_t range) {
     return 1;
 }
 
-/* Works until the task is number `end`; a worker, which has no end, until the pool quits. */
+/* Works until the task is number `end`; a worker, which has no end, until the pool quits. It waits when all tickets are of one
+ * task and have no units; while another thread is putting up tickets, which takes a moment unless it is put aside, it looks again. */
 static void work(cpu_pool *pool, int32_t thread, uint32_t end) {
-    for (;;) {
+    for (uint32_t looks = 1;; looks++) {
         const uint32_t number = number_of(atomic_load(&pool->tickets[thread]));
         if (thread ? atomic_load(&pool->quit) : number == end) return;
-        int found = 0;
-        for (int32_t i = 0; i < pool->n_threads && !found; i++)
-            found = take(pool, thread, (thread + i) % pool->n_threads);
-        if (!found) wait_for_next(pool, thread, number);
+        int found = 0, same = atomic_load(&pool->number) == number;
+        for (int32_t i = 0; i < pool->n_threads && !found; i++) {
+            const int32_t range = (thread + i) % pool->n_threads;
+            same &= number_of(atomic_load(&pool->tickets[range])) == number;
+            found = take(pool, thread, range);
+        }
+        if (found) continue;
+        if (same)
+            wait_for_next(pool, thread, number);
+        else if (looks % SPINS)
+            pause_a_little();
+        else
+            sched_yield();
     }
 }
 

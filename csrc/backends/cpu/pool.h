@@ -9,7 +9,7 @@ typedef struct {
     cpu_piece_fn piece; /* or this */
     const void *args;
     uint32_t n_units; /* at least 1 */
-    uint32_t pieces;  /* at least 1: of what is left of a range, a thread takes one in so many; of 1, nearly all */
+    uint32_t pieces;  /* at least 1: of what is left of a range, its thread takes one in so many; of 1, nearly all */
     int32_t for_one;  /* whoever finishes the task before does all of this one */
 } cpu_task;
 
